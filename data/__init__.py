@@ -1,0 +1,1 @@
+"""What lies on disk: columns, shards, manifests, sources. numpy, pyarrow and fsspec; torch only in `loader.py`."""

@@ -1,0 +1,54 @@
+"""Frozen configs, their canonical JSON, and the fingerprint that names a computation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """A frozen, closed record: unknown fields are refused, nothing changes after construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """A field that says how to run and never what comes out (worker counts, intervals); no fingerprint sees it."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+def result_fields(config: BaseModel) -> dict[str, Any]:
+    """The JSON-ready fields of `config` that may change a result: all but the operational ones, at every depth."""
+    fields: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(config, name)
+        fields[name] = result_fields(value) if isinstance(value, BaseModel) else _jsonable(value)
+    return fields
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes. Refuses NaN."""
+    return json.dumps(_jsonable(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def fingerprint(*parts: Any) -> str:
+    """12 hex digits that name a computation: the start of the SHA-256 of the parts' canonical JSON."""
+    return hashlib.sha256(canonical_json(list(parts))).hexdigest()[:12]
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_jsonable(v) for v in value)
+    return value

@@ -1,0 +1,58 @@
+"""What callers may catch.
+
+    DarkroomError
+    ├── UserError            the user's input is wrong; one sentence says what to do      exit code 2
+    │   └── UnknownPath      a `--set` path that no config has
+    ├── SampleError          one sample cannot be used; counted by `reason`, never fatal alone
+    ├── ShardMismatch        two columns that should describe the same samples do not
+    ├── CorruptArtifact      bytes on disk differ from their recorded digest
+    └── StageFailed          a stage ended without a snapshot
+
+`UserError` is a `ValueError`, so that library callers need not know this tree.
+"""
+
+from __future__ import annotations
+
+
+class DarkroomError(Exception):
+    """Root of every error that Darkroom raises on purpose."""
+
+
+class UserError(DarkroomError, ValueError):
+    """Input that only the user can mend: says what was given, what is allowed, what to do."""
+
+
+class UnknownPath(UserError):
+    """A `--set` path that names no field of the recipe."""
+
+
+class SampleError(DarkroomError):
+    """One sample that cannot be used.
+
+    `reason` is a short snake_case word that the ledger counts (`truncated`, `too_many_pixels`, `empty_caption` …);
+    `filtered` tells a deliberate rejection from a failure.
+    """
+
+    def __init__(self, reason: str, message: str, *, filtered: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.filtered = filtered
+
+    def __reduce__(self) -> tuple:
+        return _rebuild_sample_error, (self.reason, str(self), self.filtered)
+
+
+def _rebuild_sample_error(reason: str, message: str, filtered: bool) -> SampleError:
+    return SampleError(reason, message, filtered=filtered)
+
+
+class ShardMismatch(DarkroomError):
+    """Two columns that should be row-aligned are not: names both files and what differs."""
+
+
+class CorruptArtifact(DarkroomError):
+    """A file whose bytes no longer match what its manifest recorded."""
+
+
+class StageFailed(DarkroomError):
+    """A stage that ended without publishing a snapshot; rerunning the same command resumes it."""

@@ -1,0 +1,1 @@
+"""What runs, in which order, when. The only floor that knows Prefect."""

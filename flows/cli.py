@@ -1,0 +1,312 @@
+"""darkroom: develops image-text pairs into an evaluated text-to-image model."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from data.errors import DarkroomError
+
+EXAMPLES = """examples:
+  darkroom run demo                                  shapes, tiny networks: a whole system in minutes, no GPU, no network
+  darkroom plan demo --set denoiser.max_steps=3000   what that would run again, and why
+  darkroom run demo --data ~/pictures                your own folder: metadata.jsonl, or NAME.jpg beside NAME.txt
+  darkroom prepare ~/pictures --set clip.pretrained=runs/store/clip/…
+  darkroom generate latest "a large red star in the centre of a white background"
+
+exit codes: 0 done, 1 failed, 2 wrong input. Rerunning the same command resumes; finished work is never redone.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses `argv`, runs the command, and returns its exit code; a user's mistake is one sentence on stderr."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _complain("stopped; the same command resumes", 130)
+    except DarkroomError as error:
+        return _complain(str(error), 2 if isinstance(error, ValueError) else 1)
+    except FloatingPointError as error:
+        return _complain(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        return _complain(
+            f"{error.strerror}{where}: mend that and run the same command again, finished work is kept", 1
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; frozen by a test."""
+    top = argparse.ArgumentParser(
+        prog="darkroom",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    plan = _command(commands, "plan", _plan, "say what a run would do, and why, without starting anything")
+    _recipe_options(plan)
+    plan.add_argument("--check", action="store_true", help="exit 1 when anything is pending")
+    run = _command(commands, "run", _run, "carry a recipe out to its report")
+    _recipe_options(run)
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone; what it needs must be cached")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    _address(run)
+    prepare = _command(
+        commands, "prepare", _prepare, "preprocess alone: shards, and a column for each encoder given"
+    )
+    prepare.add_argument("source", metavar="SRC", help="folder or table of image-text pairs")
+    _common_options(prepare)
+    _address(prepare)
+    generate = _command(commands, "generate", _generate, "draw images for prompts with a finished run")
+    generate.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    generate.add_argument("prompts", metavar="PROMPT", nargs="+")
+    generate.add_argument(
+        "--count", type=_positive, default=1, metavar="N", help="images per prompt (default: 1)"
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="image i is a function of (seed, i) (default: 0)"
+    )
+    generate.add_argument("--guidance-scale", type=float, metavar="G", help="default: the run's own")
+    generate.add_argument(
+        "--steps", type=_positive, metavar="N", help="denoising steps (default: the run's own)"
+    )
+    generate.add_argument(
+        "--out", default="generated", metavar="DIR", help="where the PNG files go (default: ./generated)"
+    )
+    _root(generate)
+    verify = _command(
+        commands, "verify", _verify, "check every digest, count and join under a root, store or artifact"
+    )
+    verify.add_argument("uri", metavar="URI")
+    verify.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    report = _command(commands, "report", _report, "print the path of a run's page")
+    report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    _root(report)
+    _command(commands, "recipes", _recipes, "list the recipes")
+    return top
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(command=run)
+    return sub
+
+
+def _recipe_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", metavar="RECIPE", help="a name from `darkroom recipes`")
+    sub.add_argument(
+        "--data", metavar="SRC", help="folder or table of image-text pairs instead of the recipe's source"
+    )
+    _common_options(sub)
+
+
+def _common_options(sub: argparse.ArgumentParser) -> None:
+    _root(sub)
+    sub.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change one setting; repeatable",
+    )
+    sub.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else there")
+    sub.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")
+
+
+def _root(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--root", default="./runs", metavar="URL", help="where artifacts and runs lie (default: ./runs)"
+    )
+
+
+def _address(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flows import console
+
+    console.set_up_logging(verbose=arguments.verbose)
+    plan = _recipe_plan(arguments)
+    if arguments.json:
+        _emit({"recipe": plan.recipe.name, "stages": [stage.as_json() for stage in plan.stages]})
+    else:
+        console.out.print(console.plan_table(plan))
+    return 1 if arguments.check and plan.pending else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from data.errors import UserError
+
+    plan = _recipe_plan(arguments)
+    names = [stage.name for stage in plan.stages]
+    for option in ("only", "until"):
+        chosen = getattr(arguments, option)
+        if chosen and chosen not in names:
+            raise UserError(f"--{option} {chosen}: the plan has no such stage; it has {', '.join(names)}")
+    if arguments.only and arguments.until:
+        raise UserError("--only and --until exclude each other: give one")
+    if arguments.until:
+        names = names[: names.index(arguments.until) + 1]
+    if arguments.only:
+        _refuse_missing_inputs(plan, arguments.only)
+        names = [arguments.only]
+    return _carry_out(plan, names, arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from flows import recipes
+    from flows.graph import prepare_nodes
+    from flows.plan import make_plan
+
+    recipe = recipes.with_data(recipes.edited(recipes.prepare(), arguments.assignments), arguments.source)
+    plan = make_plan(recipe, prepare_nodes(recipe), _checked_root(arguments.root))
+    return _carry_out(plan, [stage.name for stage in plan.stages], arguments)
+
+
+def _carry_out(plan: Any, names: list[str], arguments: argparse.Namespace) -> int:
+    from flows import console, runs
+
+    console.set_up_logging(verbose=arguments.verbose)
+    if not arguments.json:
+        console.out.print(console.plan_table(plan))
+    with console.quiet_stdout():
+        record = runs.carry_out(plan, names=names, address=arguments.address, verbose=arguments.verbose)
+    if arguments.json:
+        metrics = {name: score["value"] for name, score in record["metrics"].items()}
+        _emit({**record, "metrics": metrics})
+        return 0
+    if record["metrics"]:
+        console.out.print(console.scores_table(list(record["metrics"].values())))
+    if all(stage["status"] == "cached" for stage in record["stages"]):
+        console.out.print("nothing to do: every stage is cached")
+    for stage in record["stages"]:
+        if arguments.command is _prepare:
+            console.out.print(f"{stage['name']:<7} {stage['uri']}", soft_wrap=True)
+    if record["report"]:
+        console.out.print(record["report"], soft_wrap=True)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from flows import console, runs
+    from flows.drawing import draw
+
+    console.set_up_logging(verbose=False)
+    record = runs.find(_checked_root(arguments.root), arguments.run)
+    sampling = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.steps}
+    paths = draw(
+        record,
+        arguments.prompts,
+        count=arguments.count,
+        seed=arguments.seed,
+        changes=sampling,
+        out=arguments.out,
+    )
+    for path in paths:
+        console.out.print(str(path), soft_wrap=True)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from data.verify import verify
+    from flows import console
+
+    verdict = verify(arguments.uri.rstrip("/"))
+    if arguments.json:
+        _emit(verdict.model_dump(mode="json"))
+    else:
+        for problem in verdict.problems:
+            console.out.print(f"[red]{problem.uri}[/] {problem.problem}", soft_wrap=True)
+        rows = f"{verdict.attempted} rows attempted = {verdict.written} written + {verdict.filtered} filtered + {verdict.failed} failed"
+        console.out.print(f"{'sound' if verdict.ok else f'{len(verdict.problems)} problems'}: {rows}")
+    return 0 if verdict.ok else 1
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from data.errors import UserError
+    from flows import console, runs
+
+    record = runs.find(_checked_root(arguments.root), arguments.run)
+    if not record["report"]:
+        raise UserError(
+            f"run {record['run']} ended before its report: run its recipe again without --until or --only"
+        )
+    console.out.print(record["report"], soft_wrap=True)
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:  # noqa: ARG001
+    from flows import console
+    from flows.recipes import RECIPES
+
+    for name, build in RECIPES.items():
+        console.out.print(f"{name:<8} {build().summary}", soft_wrap=True)
+    return 0
+
+
+def _recipe_plan(arguments: argparse.Namespace) -> Any:
+    from flows import recipes
+    from flows.graph import unclip_nodes
+    from flows.plan import make_plan
+
+    recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
+    recipe = recipes.with_data(recipe, arguments.data) if arguments.data else recipe
+    return make_plan(recipe, unclip_nodes(recipe), _checked_root(arguments.root))
+
+
+def _refuse_missing_inputs(plan: Any, name: str) -> None:
+    from data.errors import UserError
+
+    pending = {stage.name for stage in plan.pending}
+    stage = next(stage for stage in plan.stages if stage.name == name)
+    missing = sorted({ref.stage for ref in stage.inputs.values() if not ref.external} & pending)
+    if missing:
+        raise UserError(f"--only {name}: it needs {', '.join(missing)}, not made yet; use --until {name}")
+
+
+def _checked_root(root: str) -> str:
+    from data import storage
+    from data.errors import UserError
+
+    if storage.is_local(root) and storage.local_path(root).is_file():
+        raise UserError(f"--root {root} is a file: give a folder, which is made when it is missing")
+    return os.path.abspath(storage.local_path(root)) if storage.is_local(root) else root.rstrip("/")  # noqa: PTH100
+
+
+def _emit(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def _complain(sentence: str, code: int) -> int:
+    sys.stderr.write(f"darkroom: {sentence}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""A recipe as a graph of stages: which stage, with which config, reads which artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from data.config import Config
+from data.errors import UserError
+from data.sources import describe
+from flows.recipes import Recipe
+from stages.catalogue import STAGES
+from stages.contract import InputRef, Stage
+from stages.evaluate import EvaluateConfig
+from stages.generate import GenerateConfig
+from stages.report import ReportConfig
+from stages.shard import ShardStageConfig
+from training.encoders import weights_digest
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a plan. Inputs are other nodes by name, or weights made elsewhere."""
+
+    stage: Stage
+    config: Config
+    inputs: Mapping[str, str | InputRef]
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+
+def unclip_nodes(recipe: Recipe) -> list[Node]:
+    """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place."""
+    clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
+    generation = recipe.evaluate.model_dump(include=set(GenerateConfig.model_fields))
+    generation["seed"] += recipe.seed
+    measuring = recipe.evaluate.model_dump(include=set(EvaluateConfig.model_fields))
+    system = {
+        "data": "shard",
+        "embed": "embed",
+        "clip": clip,
+        "vae": vae,
+        "prior": "prior",
+        "denoiser": "denoiser",
+    }
+    nodes = [
+        _shard(recipe),
+        *([_training(recipe, "clip", {"data": "shard"})] if clip == "clip" else []),
+        Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": clip}),
+        *([_training(recipe, "vae", {"data": "shard"})] if vae == "vae" else []),
+        Node(STAGES["encode"], recipe.encode, {"data": "shard", "vae": vae}),
+        _training(recipe, "prior", {"data": "shard", "embed": "embed"}),
+        _training(recipe, "denoiser", {"data": "shard", "embed": "embed", "encode": "encode"}),
+        Node(STAGES["generate"], GenerateConfig.model_validate(generation), system),
+        Node(
+            STAGES["evaluate"], EvaluateConfig.model_validate(measuring), {**system, "generate": "generate"}
+        ),
+    ]
+    everything: dict[str, str | InputRef] = {("data" if n.name == "shard" else n.name): n.name for n in nodes}
+    nodes.append(Node(STAGES["report"], ReportConfig(), everything))
+    check_columns(nodes)
+    return nodes
+
+
+def prepare_nodes(recipe: Recipe) -> list[Node]:
+    """Shards alone, and a column for each encoder given by `clip.pretrained` and `vae.pretrained`."""
+    nodes = [_shard(recipe)]
+    if recipe.clip.pretrained:
+        nodes.append(Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": _encoder(recipe, "clip")}))
+    if recipe.vae.pretrained:
+        nodes.append(Node(STAGES["encode"], recipe.encode, {"data": "shard", "vae": _encoder(recipe, "vae")}))
+    check_columns(nodes)
+    return nodes
+
+
+def check_columns(nodes: list[Node]) -> None:
+    """Raises UserError when a stage reads a column that no stage before it writes."""
+    written: set[str] = set()
+    for node in nodes:
+        if missing := node.stage.reads(node.config) - written:
+            raise UserError(
+                f"stage {node.name} reads {', '.join(sorted(missing))}, which no earlier stage writes"
+            )
+        written |= node.stage.writes(node.config)
+
+
+def _shard(recipe: Recipe) -> Node:
+    summary = describe(recipe.source)
+    config = ShardStageConfig(source=recipe.source, source_digest=summary.digest, shard=recipe.shard)
+    return Node(STAGES["shard"], config, {})
+
+
+def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -> Node:
+    config = getattr(recipe, name)
+    return Node(STAGES[name], config.model_copy(update={"seed": config.seed + recipe.seed}), inputs)
+
+
+def _encoder(recipe: Recipe, kind: str) -> str | InputRef:
+    source = getattr(recipe, kind).pretrained
+    if source is None:
+        return kind
+    return InputRef(stage=kind, folder=source, fingerprint=weights_digest(kind, source), external=True)

@@ -1,0 +1,61 @@
+"""The flow: each stage one Prefect task that passes URIs of snapshots, never arrays. Done means that a snapshot exists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from data import storage
+from stages.catalogue import run_spec
+from stages.cluster import cluster
+from stages.contract import StageSpec
+
+Watch = Callable[[str, float, float, str, str], None]
+"""(stage, done, total, unit, note)."""
+WATCH: ContextVar[Watch] = ContextVar("darkroom_watch", default=lambda *_: None)
+"""Where progress of the flow's stages goes; no flow parameter, since a scheduled run has no terminal."""
+
+
+@task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
+def run_stage(stage: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs one stage to its snapshot; returns where it lies and how long it took."""
+    watch = WATCH.get()
+    watch(stage, -1, 0, "", "start")
+    snapshot = run_spec(
+        StageSpec.model_validate(spec),
+        lambda done, total, unit, note="": watch(stage, done, total, unit, note),
+    )
+    watch(stage, -1, snapshot.seconds, "", "finish")
+    return {"name": stage, "uri": snapshot.folder, "seconds": snapshot.seconds}
+
+
+@flow(name="darkroom", flow_run_name="{run}", persist_result=False, validate_parameters=False)
+def pipeline(
+    run: str,
+    specs: list[dict[str, Any]],
+    plan: list[dict[str, Any]],
+    address: str = "local",
+    verbose: bool = False,
+) -> list[dict[str, Any]]:
+    """Runs the pending stages `specs` in order on the cluster at `address`, with the plan, scores and report as artifacts."""
+    create_table_artifact(table=plan, key="plan", description=run)
+    results = []
+    with cluster(address, verbose=verbose):
+        for spec in specs:
+            results.append(run_stage(spec["stage"], spec))
+            _publish(results[-1])
+    return results
+
+
+def _publish(result: dict[str, Any]) -> None:
+    if result["name"] == "evaluate":
+        scores = json.loads(storage.read_bytes(storage.join(result["uri"], "scores.json")))["scores"]
+        create_table_artifact(table=scores, key="scores")
+    if result["name"] == "report":
+        create_link_artifact(link=storage.join(result["uri"], "report.html"), key="report")

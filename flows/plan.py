@@ -1,0 +1,191 @@
+"""What a run would do, and why: pure reading of the store, no Prefect, no Ray, nothing started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data import storage
+from data.config import fingerprint, result_fields
+from data.errors import CorruptArtifact
+from data.manifest import Snapshot, load_snapshot, snapshots
+from flows.graph import Node
+from flows.recipes import Recipe
+from stages.contract import InputRef
+
+SECTIONS = {"shard": "", "generate": "evaluate."}
+"""Stage -> prefix that its config's fields have in the recipe; a stage's own name otherwise."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a plan."""
+
+    node: Node
+    folder: str
+    fingerprint: str
+    inputs: Mapping[str, InputRef]
+    status: Literal["cached", "pending"]
+    reason: str
+    seconds: float | None
+    """cached: what it took; pending: an estimate, None where there is nothing to go by."""
+    snapshot: Snapshot | None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    def as_json(self) -> dict[str, Any]:
+        """What `plan --json` prints of it."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "status": self.status,
+            "reason": self.reason,
+            "uri": self.folder,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every stage of a run, in order."""
+
+    recipe: Recipe
+    root: str
+    run: str
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def pending(self) -> tuple[PlannedStage, ...]:
+        return tuple(stage for stage in self.stages if stage.status == "pending")
+
+
+def make_plan(recipe: Recipe, nodes: list[Node], root: str) -> Plan:
+    """Fingerprints every node and looks up what the store under `root` already holds."""
+    planned: dict[str, PlannedStage] = {}
+    for node in nodes:
+        inputs = {role: _resolve(ref, planned) for role, ref in node.inputs.items()}
+        identity = {role: ref.fingerprint for role, ref in inputs.items()}
+        name = fingerprint(node.stage.name, node.stage.version, result_fields(node.config), identity)
+        folder = storage.join(root, "store", node.name, name)
+        planned[node.name] = _look_up(recipe, node, folder, name, inputs, planned)
+    stages = tuple(planned.values())
+    return Plan(recipe, root, f"{recipe.name}-{stages[-1].fingerprint[:8]}", stages)
+
+
+def _resolve(ref: str | InputRef, planned: Mapping[str, PlannedStage]) -> InputRef:
+    if isinstance(ref, InputRef):
+        return ref
+    stage = planned[ref]
+    return InputRef(stage=ref, folder=stage.folder, fingerprint=stage.fingerprint)
+
+
+def _look_up(
+    recipe: Recipe,
+    node: Node,
+    folder: str,
+    name: str,
+    inputs: Mapping[str, InputRef],
+    planned: Mapping[str, PlannedStage],
+) -> PlannedStage:
+    snapshot, damage = _load(folder, name)
+    stale = snapshot and _stale(snapshot, inputs, planned)
+    if snapshot and not stale:
+        return PlannedStage(node, folder, name, inputs, "cached", "", snapshot.seconds, snapshot)
+    earlier = _nearest(node, folder, inputs)
+    reason = damage or stale or _resumes(folder) or _changes(node, inputs, earlier)
+    seconds = _estimate(recipe, node, earlier)
+    return PlannedStage(node, folder, name, inputs, "pending", reason, seconds, None)
+
+
+def _load(folder: str, name: str) -> tuple[Snapshot | None, str]:
+    try:
+        return load_snapshot(folder, name), ""
+    except CorruptArtifact:
+        return None, "its manifest is damaged"
+
+
+def _stale(snapshot: Snapshot, inputs: Mapping[str, InputRef], planned: Mapping[str, PlannedStage]) -> str:
+    for role, parent in snapshot.parents.items():
+        ref = inputs.get(role)
+        made = planned.get(ref.stage) if ref and not ref.external else None
+        if made is None:
+            continue
+        if made.status == "pending":
+            return f"{made.name} is made again"
+        if made.snapshot is not None and made.snapshot.digest != parent.digest:
+            return f"{made.name} has other content than it was made from"
+    return ""
+
+
+def _resumes(folder: str) -> str:
+    if steps := storage.list_folders(storage.join(folder, "checkpoints")):
+        done = [name for name in steps if name.startswith("step_")]
+        if done:
+            return f"resumes at step {int(done[-1].removeprefix('step_')):,}"
+    if receipts := storage.list_files(storage.join(folder, "_meta", "receipts")):
+        return f"resumes after {len(receipts)} finished shards"
+    return ""
+
+
+def _nearest(node: Node, folder: str, inputs: Mapping[str, InputRef]) -> Snapshot | None:
+    """The artifact of this stage in the store that differs least from what is wanted, the newest of equals."""
+    family = folder.rsplit("/", 1)[0]
+    made: list[Snapshot] = []
+    for name in storage.list_folders(family):
+        try:
+            made += snapshots(storage.join(family, name))
+        except CorruptArtifact:
+            continue
+    if not made:
+        return None
+    return min(
+        sorted(made, key=lambda s: s.created, reverse=True), key=lambda s: len(_differences(node, inputs, s))
+    )
+
+
+def _changes(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot | None) -> str:
+    if earlier is None:
+        return "not made yet"
+    return ", ".join(_differences(node, inputs, earlier)[:3]) or "not made yet"
+
+
+def _differences(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot) -> list[str]:
+    prefix = SECTIONS.get(node.name, f"{node.name}.")
+    now, then = _flat(result_fields(node.config)), _flat(earlier.config)
+    found = (
+        [f"stage version {earlier.version} → {node.stage.version}"]
+        if earlier.version != node.stage.version
+        else []
+    )
+    for path in sorted({*now, *then}):
+        if now.get(path) != then.get(path):
+            what = "the source's content" if path == "source_digest" else prefix + path
+            found.append(
+                f"{what} changed"
+                if path == "source_digest"
+                else f"{what} changed ({then.get(path)} → {now.get(path)})"
+            )
+    for role, ref in inputs.items():
+        if role in earlier.parents and earlier.parents[role].fingerprint != ref.fingerprint:
+            found.append(f"{ref.stage} changed")
+    return found
+
+
+def _estimate(recipe: Recipe, node: Node, earlier: Snapshot | None) -> float | None:
+    if earlier is not None and earlier.seconds:
+        now, then = _flat(result_fields(node.config)), _flat(earlier.config)
+        scale = (now.get("max_steps") or 1) / (then.get("max_steps") or 1)
+        return earlier.seconds * scale * ((now.get("num_images") or 1) / (then.get("num_images") or 1))
+    return recipe.expected_seconds.get(node.name)
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,147 @@
+"""Runs: a plan carried out, its record under the root, and looking one up again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+from data import storage
+from data.errors import UserError
+from flows import console, embedded_prefect
+from flows.plan import Plan, PlannedStage
+from stages.contract import StageSpec
+from stages.report import ReportConfig
+
+RECORD = "run.json"
+
+
+def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) -> dict[str, Any]:
+    """Runs the pending stages among `names`; returns what `run --json` prints. Nothing starts when nothing is pending."""
+    started = time.monotonic()
+    wanted = [stage for stage in plan.stages if stage.name in names]
+    pending = [stage for stage in wanted if stage.status == "pending"]
+    seconds: dict[str, float] = {}
+    if pending:
+        seconds = _run(plan, pending, address=address, verbose=verbose)
+    stages = [
+        {
+            "name": stage.name,
+            "status": "ran" if stage.name in seconds else "cached",
+            "seconds": round(seconds.get(stage.name, 0.0), 3),
+            "uri": stage.folder,
+        }
+        for stage in wanted
+    ]
+    record = {"run": plan.run, "root": plan.root, "stages": stages, **_outcome(plan)}
+    if pending or not storage.exists(storage.join(plan.root, plan.run, RECORD)):
+        _keep(plan, record, time.monotonic() - started)
+    storage.write_bytes(storage.join(plan.root, "latest"), plan.run.encode())
+    return record
+
+
+def find(root: str, name: str) -> dict[str, Any]:
+    """The record of the run `name`, or of the latest; raises UserError naming the runs that there are."""
+    if name == "latest" and storage.exists(storage.join(root, "latest")):
+        name = storage.read_bytes(storage.join(root, "latest")).decode()
+    path = storage.join(root, name, RECORD)
+    if not storage.exists(path):
+        runs = [f for f in storage.list_folders(root) if storage.exists(storage.join(root, f, RECORD))]
+        there = (
+            f"there are {', '.join(runs)}"
+            if runs
+            else "it holds no finished run: `darkroom run demo` makes one"
+        )
+        raise UserError(f"there is no run {name!r} under {root}; {there}")
+    return json.loads(storage.read_bytes(path))
+
+
+def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
+    """`stage` as anyone can run it."""
+    config = stage.node.config
+    if isinstance(config, ReportConfig):
+        rows = [
+            {
+                "name": s.name,
+                "status": "cached" if s.status == "cached" else "ran",
+                "reason": s.reason,
+                "fingerprint": s.fingerprint,
+            }
+            for s in plan.stages
+        ]
+        config = ReportConfig(
+            run=plan.run,
+            recipe=plan.recipe.name,
+            plan=tuple(rows),
+            config=plan.recipe.model_dump(mode="json"),
+        )
+    return StageSpec(
+        stage=stage.name,
+        config=config.model_dump(mode="json"),
+        inputs=dict(stage.inputs),
+        folder=stage.folder,
+        fingerprint=stage.fingerprint,
+        fanout=plan.recipe.fanout,
+    )
+
+
+def _run(plan: Plan, pending: Sequence[PlannedStage], *, address: str, verbose: bool) -> dict[str, float]:
+    home = storage.local_path(storage.join(plan.root, ".prefect")) if storage.is_local(plan.root) else None
+    from pathlib import Path
+
+    home = home or Path.home() / ".cache" / "darkroom" / "prefect"
+    embedded_prefect.configure(home, verbose=verbose)
+    from flows.pipeline import WATCH, pipeline
+
+    with ExitStack() as stack:
+        bars = stack.enter_context(console.Bars())
+        stack.callback(embedded_prefect.stop, home)
+        token = WATCH.set(_watching(bars, home))
+        stack.callback(WATCH.reset, token)
+        specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
+        rows = [stage.as_json() for stage in plan.stages]
+        results = pipeline(plan.run, specs, rows, address=address, verbose=verbose)
+    return {result["name"]: result["seconds"] for result in results}
+
+
+def _watching(bars: console.Bars, home: Any) -> Any:
+    def watch(stage: str, done: float, total: float, unit: str, note: str) -> None:
+        if done >= 0:
+            bars.update(stage, done, total, unit, note)
+        elif note == "start":
+            embedded_prefect.record(home)
+            bars.start(stage)
+        else:
+            bars.finish(stage, total)
+
+    return watch
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    """The scores and the page, where the stages that make them are done."""
+    folders = {stage.name: stage.folder for stage in plan.stages}
+    outcome: dict[str, Any] = {"metrics": {}, "report": None}
+    if "evaluate" in folders and storage.exists(path := storage.join(folders["evaluate"], "scores.json")):
+        outcome["metrics"] = {s["name"]: s for s in json.loads(storage.read_bytes(path))["scores"]}
+    if "report" in folders and storage.exists(storage.join(folders["report"], "report.html")):
+        outcome["report"] = storage.join(plan.root, plan.run, "report.html")
+    return outcome
+
+
+def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:
+    folder = storage.join(plan.root, plan.run)
+    if record["report"]:
+        page = next(stage.folder for stage in plan.stages if stage.name == "report")
+        storage.write_bytes(record["report"], storage.read_bytes(storage.join(page, "report.html")))
+    kept = {
+        **record,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "folders": {stage.name: stage.folder for stage in plan.stages},
+        "external": {role: ref.folder for s in plan.stages for role, ref in s.inputs.items() if ref.external},
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+    }
+    storage.write_bytes(storage.join(folder, RECORD), (json.dumps(kept, indent=1) + "\n").encode())

@@ -1,0 +1,39 @@
+"""Every stage by name, and how a spec becomes a snapshot."""
+
+from __future__ import annotations
+
+from data.lease import lease
+from data.manifest import Snapshot, load_snapshot
+from stages import embed, encode, evaluate, generate, report, shard, train
+from stages.contract import Progress, Stage, StageSpec, Workspace, silent
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        shard.STAGE,
+        *train.STAGES.values(),
+        embed.STAGE,
+        encode.STAGE,
+        generate.STAGE,
+        evaluate.STAGE,
+        report.STAGE,
+    )
+}
+
+
+def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
+    """The snapshot that `spec` names: made now on the connected cluster, or found when someone else has made it.
+
+    Holds the artifact's lease while it works; waits, and says so through `progress`, while another run holds it.
+    """
+    stage = STAGES[spec.stage]
+    config = stage.config.model_validate(spec.config)
+    with lease(
+        spec.folder,
+        waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
+    ):
+        if (made := load_snapshot(spec.folder, spec.fingerprint)) is not None:
+            return made
+        inputs = {role: ref.open() for role, ref in spec.inputs.items()}
+        workspace = Workspace(spec.folder, spec.fingerprint, spec.fanout, progress)
+        return stage.run(config, inputs, workspace)

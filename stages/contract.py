@@ -1,0 +1,128 @@
+"""The one shape of a stage: named, versioned, columns in, columns out, a snapshot at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from data import manifest
+from data.config import Config, operational, result_fields
+from data.errors import CorruptArtifact
+from data.manifest import FileRecord, ShardRecord, Snapshot
+
+Inputs = Mapping[str, Snapshot]
+"""role -> snapshot, as the plan wired them: {"data": …, "clip": …}."""
+
+
+class FanoutConfig(Config):
+    """How shards are spread over workers; no part of any result."""
+
+    num_workers: int | None = operational(
+        None, ge=1, description="actors per stage; None: one per CPU of the cluster"
+    )
+    num_gpus: float = operational(0.0, ge=0, description="GPUs per actor of the stages that run networks")
+    max_attempts: int = operational(
+        3, ge=1, description="times that a shard may kill its worker before it is quarantined"
+    )
+    stall_seconds: float = operational(1800.0, gt=0, description="fail when no shard finishes for this long")
+
+
+class Progress(Protocol):
+    """Where a stage tells how far it is; thread-safe."""
+
+    def __call__(self, done: float, total: float, unit: str, note: str = "") -> None: ...
+
+
+def silent(done: float, total: float, unit: str, note: str = "") -> None:
+    """A `Progress` that says nothing."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a stage writes and how it may run."""
+
+    folder: str
+    """The artifact's folder, an fsspec URL; this stage's alone while it holds the lease."""
+    fingerprint: str
+    """Names the snapshot to commit."""
+    fanout: FanoutConfig = field(default_factory=FanoutConfig)
+    progress: Progress = silent
+
+
+class InputRef(Config):
+    """Where an input lies. `external`: weights made elsewhere, a folder or a hub name, that have no snapshot."""
+
+    stage: str
+    folder: str
+    fingerprint: str
+    external: bool = False
+
+    def open(self) -> Snapshot:
+        """The snapshot; raises CorruptArtifact when it is not there any more."""
+        if self.external:
+            return Snapshot(
+                stage=self.stage, version=0, fingerprint=self.fingerprint, config={}, folder=self.folder
+            )
+        snapshot = manifest.load_snapshot(self.folder, self.fingerprint)
+        if snapshot is None:
+            raise CorruptArtifact(
+                f"{self.folder} has no snapshot {self.fingerprint}: run the same command again"
+            )
+        return snapshot
+
+
+class StageSpec(Config):
+    """One stage, ready to run anywhere: what `python -m stages SPEC_URI` reads."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    folder: str
+    fingerprint: str
+    fanout: FanoutConfig = FanoutConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of a pipeline. `run` may be killed at any time and run again; it commits its snapshot last."""
+
+    name: str
+    version: int
+    """Raised when the same config and inputs give another result than before."""
+    reads: Callable[[Any], frozenset[str]]
+    """config -> columns needed."""
+    writes: Callable[[Any], frozenset[str]]
+    """config -> columns added."""
+    config: type[Config]
+    run: Callable[[Any, Inputs, Workspace], Snapshot]
+
+
+def commit(
+    stage: Stage,
+    config: Config,
+    inputs: Inputs,
+    workspace: Workspace,
+    *,
+    started: float,
+    shards: tuple[ShardRecord, ...] = (),
+    files: tuple[FileRecord, ...] = (),
+    facts: dict[str, Any] | None = None,
+) -> Snapshot:
+    """Publishes the stage's snapshot, last of all, and returns it. `started` is `time.monotonic()` at the stage's start."""
+    snapshot = Snapshot(
+        stage=stage.name,
+        version=stage.version,
+        fingerprint=workspace.fingerprint,
+        config=result_fields(config),
+        columns=tuple(sorted(stage.writes(config))),
+        parents={role: parent.as_parent() for role, parent in inputs.items()},
+        shards=shards,
+        files=files,
+        facts=facts or {},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return manifest.publish_snapshot(workspace.folder, snapshot)

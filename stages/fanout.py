@@ -1,0 +1,171 @@
+"""Maps one per-shard function over shards on Ray actors: bounded in flight, attempts counted, a receipt per finished shard.
+
+Killing anything at any time loses at most the shards in flight. A receipt names the digests of what its shard was made
+from; one that no longer matches is made anew. The worker count is no part of any result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from data import manifest
+from data.errors import StageFailed, UserError
+from data.manifest import ShardRecord
+from stages import cluster
+from stages.contract import FanoutConfig, Workspace
+
+
+class ShardWork(Protocol):
+    """What an actor holds: built once per actor (weights are loaded there), called once per task."""
+
+    def __call__(self, task: ShardTask, folder: str) -> ShardRecord: ...
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to make."""
+
+    index: int
+    payload: Any
+    """What the work needs to know; small, sent through Ray."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """role -> digest of what the shard is made from; a receipt with other parents is stale."""
+    weight: int = 1
+    """Samples, for the progress display."""
+
+
+def map_shards(
+    work: Callable[..., ShardWork],
+    arguments: Mapping[str, Any],
+    tasks: Sequence[ShardTask],
+    workspace: Workspace,
+) -> tuple[ShardRecord, ...]:
+    """The records of all `tasks`, in index order, running only those without a valid receipt.
+
+    `work(**arguments)` is built inside each actor. Raises StageFailed naming the first shard that failed
+    `max_attempts` times, after the others have finished; UserError from a worker is raised as it is, at once.
+    """
+    done = finished(tasks, workspace.folder)
+    todo = [task for task in tasks if task.index not in done]
+    pool = _Pool(work, arguments, workspace, todo) if todo else None
+    total = sum(task.weight for task in tasks)
+    finished_weight = total - sum(task.weight for task in todo)
+    workspace.progress(finished_weight, total, "samples")
+    try:
+        while pool and pool.unfinished:
+            for task, record in pool.collect():
+                done[task.index] = record
+                finished_weight += task.weight
+                workspace.progress(finished_weight, total, "samples")
+    finally:
+        if pool:
+            pool.close()
+    if pool and pool.quarantine:
+        index, reason = next(iter(sorted(pool.quarantine.items())))
+        raise StageFailed(
+            f"{len(pool.quarantine)} of {len(tasks)} shards failed; shard {index:05d}: {reason}"
+        )
+    return tuple(done[task.index] for task in tasks)
+
+
+def finished(tasks: Sequence[ShardTask], folder: str) -> dict[int, ShardRecord]:
+    """index -> receipt, of the tasks whose receipt is there and names the same parents."""
+    receipts = {task.index: manifest.load_receipt(folder, task.index) for task in tasks}
+    return {
+        t.index: r for t in tasks if (r := receipts[t.index]) is not None and r.parents == dict(t.parents)
+    }
+
+
+class _Pool:
+    """Actors, their one task each, and the attempts of every shard."""
+
+    def __init__(
+        self, work: Callable, arguments: Mapping, workspace: Workspace, todo: Sequence[ShardTask]
+    ) -> None:
+        self.workspace, self.config = workspace, workspace.fanout
+        self.waiting = list(reversed(todo))
+        self.attempts = {task.index: 0 for task in todo}
+        self.quarantine: dict[int, str] = {}
+        self.running: dict[Any, tuple[ShardTask, Any]] = {}
+        size = min(len(todo), self.config.num_workers or cluster.num_cpus())
+        self.spawn = lambda: _actor(self.config).remote(work, dict(arguments))
+        self.idle = [self.spawn() for _ in range(size)]
+        self.last_finish = time.monotonic()
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def collect(self) -> list[tuple[ShardTask, ShardRecord]]:
+        """Starts what can start, waits for what ends first, and returns what succeeded."""
+        import ray
+
+        while self.waiting and self.idle:
+            self._start(self.waiting.pop(), self.idle.pop())
+        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=2.0)
+        if not ready and time.monotonic() - self.last_finish > self.config.stall_seconds:
+            raise StageFailed(
+                f"no shard finished for {self.config.stall_seconds:.0f} s (fanout.stall_seconds)"
+            )
+        records = [self._settle(reference) for reference in ready]
+        return [record for record in records if record is not None]
+
+    def close(self) -> None:
+        import ray
+
+        for actor in [*self.idle, *(actor for _, actor in self.running.values())]:
+            ray.kill(actor)
+
+    def _start(self, task: ShardTask, actor: Any) -> None:
+        self.attempts[task.index] += 1
+        self.running[actor.run.remote(task, self.workspace.folder)] = (task, actor)
+
+    def _settle(self, reference: Any) -> tuple[ShardTask, ShardRecord] | None:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        task, actor = self.running.pop(reference)
+        self.last_finish = time.monotonic()
+        try:
+            record = ray.get(reference)
+        except RayTaskError as error:
+            self.idle.append(actor)
+            cause = error.cause
+            if isinstance(cause, UserError | OSError):
+                raise cause from None  # no second attempt mends a wrong config or a full disk
+            self._retry(task, f"{type(cause).__name__}: {cause}")
+            return None
+        except RayActorError as error:
+            self.idle.append(self.spawn())
+            self._retry(task, f"its worker died ({type(error).__name__})")
+            return None
+        self.idle.append(actor)
+        return task, record
+
+    def _retry(self, task: ShardTask, reason: str) -> None:
+        if self.attempts[task.index] < self.config.max_attempts:
+            self.waiting.append(task)
+        else:
+            self.quarantine[task.index] = f"{reason}, {self.attempts[task.index]} attempts"
+
+
+def _actor(config: FanoutConfig) -> Any:
+    import ray
+
+    # max_task_retries=0: Ray would repeat a poison shard unseen; attempts are counted here and nowhere else.
+    return ray.remote(num_cpus=1, num_gpus=config.num_gpus, max_restarts=0, max_task_retries=0)(_Worker)
+
+
+class _Worker:
+    """The actor's body: builds its work once, publishes a receipt per task."""
+
+    def __init__(self, work: Callable[..., ShardWork], arguments: dict[str, Any]) -> None:
+        self.work = work(**arguments)
+
+    def run(self, task: ShardTask, folder: str) -> ShardRecord:
+        record = self.work(task, folder)
+        manifest.publish_receipt(folder, record)
+        return record

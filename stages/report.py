@@ -1,0 +1,325 @@
+"""Snapshots of a run -> one self-contained HTML page that shows all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data import columns, storage
+from data.config import Config, operational
+from data.loader import ColumnSet
+from data.manifest import Ledger, Snapshot, file_record
+from stages.contract import Inputs, Stage, Workspace, commit
+from stages.pictures import png
+from stages.prompts import read_prompts
+from stages.report_page import (
+    Artifact,
+    AttributeAccuracy,
+    Curve,
+    Dataset,
+    Diagnostic,
+    Generated,
+    Interpolation,
+    LedgerEntry,
+    Picture,
+    Reconstruction,
+    ReportData,
+    Score,
+    StageRun,
+    Variation,
+    render,
+)
+
+PAGE = "report.html"
+SAMPLES, GRID, RECONSTRUCTED = 18, 48, 8
+LABELS = {
+    "prompt_accuracy": "Prompt accuracy",
+    "prompt_accuracy_heldout": "… on held-out combinations",
+    "fd_clip": "FD on CLIP features",
+    "cmmd": "CMMD",
+    "clip_score": "CLIP score",
+    "vae_psnr": "VAE reconstruction",
+    "prior_cosine": "Prior cosine",
+    "fid": "FID",
+}
+UNITS = {"prompt_accuracy": "%", "prompt_accuracy_heldout": "%", "vae_psnr": "dB"}
+HEADLINES = {"prompt_accuracy", "prompt_accuracy_heldout", "fd_clip", "clip_score", "fid"}
+PACKAGES = ("torch", "diffusers", "open_clip_torch", "ray", "prefect")
+
+
+class ReportConfig(Config):
+    """What the page says besides what the snapshots hold; none of it names a result."""
+
+    run: str = operational("")
+    recipe: str = operational("")
+    plan: tuple[dict[str, Any], ...] = operational(())
+    config: dict[str, Any] = operational({})
+
+
+def run(config: ReportConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
+    """Writes `report.html` and commits."""
+    started = time.monotonic()
+    page = render(collect(config, inputs))
+    storage.write_bytes(storage.join(workspace.folder, PAGE), page.encode())
+    files = (file_record(workspace.folder, PAGE),)
+    return commit(STAGE, config, inputs, workspace, started=started, files=files)
+
+
+def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
+    """All that the page shows, read from the snapshots."""
+    measured = json.loads(storage.read_bytes(storage.join(inputs["evaluate"].folder, "scores.json")))
+    data = ColumnSet([inputs["data"]])
+    plan = tuple(_stage_run(row, inputs) for row in config.plan)
+    return ReportData(
+        title=f"{config.recipe} · {config.run}",
+        run=config.run,
+        recipe=config.recipe,
+        created=datetime.now(UTC),
+        seconds=sum(row.seconds for row in plan),
+        summary=_summary(measured, inputs),
+        plan=plan,
+        dataset=_dataset(inputs["data"], data),
+        ledger=tuple(_ledger(role, s) for role, s in inputs.items() if s.shards and s.ledger.attempted),
+        scores=tuple(_score(row, measured["protocol"]) for row in measured["scores"]),
+        accuracy=_accuracy(measured),
+        diagnostics=tuple(_diagnostic(row) for row in measured["prior"]),
+        reconstructions=_reconstructions(inputs, data),
+        curves=tuple(_curve(s) for s in inputs.values() if any(f.path == "curve.parquet" for f in s.files)),
+        generated=_generated(inputs["generate"], measured["correct"]),
+        variations=_variations(inputs["generate"]),
+        interpolations=_interpolations(inputs["generate"]),
+        lineage=_lineage(inputs),
+        environment=_environment(),
+        config=config.config,
+    )
+
+
+def _stage_run(row: dict[str, Any], inputs: Inputs) -> StageRun:
+    snapshot = inputs.get("data" if row["name"] == "shard" else row["name"])
+    shards = len(snapshot.shards) if snapshot else 0
+    return StageRun(
+        name=row["name"],
+        status=row["status"],
+        reason=row["reason"],
+        seconds=snapshot.seconds if snapshot else row.get("seconds", 0.0),
+        fingerprint=row["fingerprint"],
+        samples=snapshot.samples if snapshot and shards else None,
+        shards=shards or None,
+        bytes=_bytes(snapshot) if snapshot else None,
+    )
+
+
+def _bytes(snapshot: Snapshot) -> int:
+    files = [*snapshot.files, *(file for shard in snapshot.shards for file in shard.files)]
+    return sum(file.bytes for file in files)
+
+
+def _summary(measured: dict[str, Any], inputs: Inputs) -> str:
+    values = {score["name"]: score for score in measured["scores"]}
+    pairs = f"{inputs['data'].samples:,} image-text pairs"
+    if accuracy := values.get("prompt_accuracy"):
+        return f"From {pairs}, a system that draws {accuracy['value']:.0%} of unseen requests right in every attribute."
+    return f"From {pairs}, a text-to-image system with a CLIP score of {values['clip_score']['value']:.3f}."
+
+
+def _dataset(snapshot: Snapshot, data: ColumnSet) -> Dataset:
+    lengths: Counter[int] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    for shard in snapshot.shards:
+        path = storage.join(snapshot.folder, f"{shard.index:05d}.parquet")
+        with storage.open_read(path) as stream:
+            rows = pq.read_table(
+                stream, columns=["status", "caption", "original_width", "original_height"]
+            ).to_pylist()
+        kept = [row for row in rows if row["status"] == "success"]
+        lengths.update(len(row["caption"]) for row in kept)
+        sizes.update((row["original_width"], row["original_height"]) for row in kept)
+    chosen = np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).round().astype(int)
+    pictures = zip(data.rows("image", chosen), data.captions(chosen), strict=True)
+    return Dataset(
+        pairs=snapshot.samples,
+        shards=len(snapshot.shards),
+        bytes=_bytes(snapshot),
+        caption_lengths=dict(lengths),
+        image_sizes=dict(sizes),
+        samples=tuple(Picture(png=png(image), caption=caption) for image, caption in pictures),
+    )
+
+
+def _ledger(role: str, snapshot: Snapshot) -> LedgerEntry:
+    ledger: Ledger = snapshot.ledger
+    stage = "shard" if role == "data" else role
+    attempted = sum(_rows(snapshot.folder, shard.index) for shard in snapshot.shards)
+    return LedgerEntry(
+        stage=stage,
+        attempted=attempted,
+        written=ledger.written,
+        filtered=ledger.filtered,
+        failed=ledger.failed,
+    )
+
+
+def _rows(folder: str, index: int) -> int:
+    """Rows of a shard's parquet: the attempts, counted apart from the ledger that they are held against."""
+    with storage.open_read(storage.join(folder, f"{index:05d}.parquet")) as stream:
+        return pq.ParquetFile(stream).metadata.num_rows
+
+
+def _score(row: dict[str, Any], protocol: dict[str, Any]) -> Score:
+    return Score(
+        name=row["name"],
+        label=LABELS.get(row["name"], row["name"]),
+        value=row["value"],
+        better=row["better"],
+        low=row["low"],
+        high=row["high"],
+        unit=UNITS.get(row["name"], ""),
+        n=row["n"],
+        meaning=row["meaning"],
+        protocol=_protocol(row["name"], protocol),
+        headline=row["name"] in HEADLINES,
+    )
+
+
+def _protocol(name: str, protocol: dict[str, Any]) -> str:
+    sampling = protocol["generate"]
+    drawn = (
+        f"guidance {sampling['guidance_scale']:g}, {sampling['num_inference_steps']} steps, averaged weights"
+    )
+    if name in ("fd_clip", "cmmd"):
+        return f"CLIP {protocol['extractor'][:8]}, against {protocol['reference_samples']:,} training images, {drawn}"
+    if name == "fid":
+        return f"Inception 2015-12-05, tf1 resize, against {protocol['reference_samples']:,} training images, {drawn}"
+    if name in ("vae_psnr", "prior_cosine"):
+        return "evenly spaced samples of the dataset"
+    return f"prompt list {protocol['prompts'][:8]}, {drawn}"
+
+
+def _accuracy(measured: dict[str, Any]) -> tuple[AttributeAccuracy, ...]:
+    counts = {score["name"]: score["n"] for score in measured["scores"]}
+    seen, heldout = counts.get("prompt_accuracy", 0), counts.get("prompt_accuracy_heldout", 0)
+    return tuple(
+        AttributeAccuracy(
+            attribute=attribute,
+            seen=shares.get("seen"),
+            heldout=shares.get("held out"),
+            seen_n=seen,
+            heldout_n=heldout,
+        )
+        for attribute, shares in measured["attributes"].items()
+    )
+
+
+def _diagnostic(row: dict[str, Any]) -> Diagnostic:
+    label = row["name"].replace("_", " ")
+    return Diagnostic(
+        label=label, value=row["value"], low=row["low"], high=row["high"], meaning=row["meaning"]
+    )
+
+
+def _reconstructions(inputs: Inputs, data: ColumnSet) -> tuple[Reconstruction, ...]:
+    evaluate = inputs["evaluate"]
+    shards = [s for s in evaluate.shards if any(f.path.startswith("reconstructed/") for f in s.files)]
+    decoded = np.concatenate([columns.open_array(evaluate.folder, "reconstructed", s.index) for s in shards])
+    rows = np.linspace(0, len(data) - 1, len(decoded)).round().astype(int)
+    chosen = np.linspace(0, len(decoded) - 1, min(RECONSTRUCTED, len(decoded))).round().astype(int)
+    originals, captions = data.rows("image", rows[chosen]), data.captions(rows[chosen])
+    return tuple(
+        Reconstruction(original=png(a), decoded=png(b), caption=c, psnr=_psnr(a, b))
+        for a, b, c in zip(originals, decoded[chosen], captions, strict=True)
+    )
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return 10 * float(np.log10(255**2 / error)) if error else None
+
+
+def _curve(snapshot: Snapshot) -> Curve:
+    with storage.open_read(storage.join(snapshot.folder, "curve.parquet")) as stream:
+        rows = pq.read_table(stream).to_pylist()
+    return Curve(
+        stage=snapshot.stage,
+        train=tuple((row["step"], row["loss"]) for row in rows),
+    )
+
+
+def _generated(snapshot: Snapshot, correct: Sequence[bool | None]) -> tuple[Generated, ...]:
+    prompts = read_prompts(snapshot.folder)[:GRID]
+    images: list[np.ndarray] = []
+    for shard in snapshot.shards:
+        if len(images) < GRID:
+            images.extend(columns.open_array(snapshot.folder, "generated", shard.index))
+    return tuple(
+        Generated(png=png(np.array(image)), prompt=prompt.text, correct=right, heldout=prompt.heldout)
+        for image, prompt, right in zip(images, prompts, correct, strict=False)
+    )
+
+
+def _gallery(snapshot: Snapshot, kind: str) -> Iterable[tuple[str, list[bytes]]]:
+    """(caption, PNGs in order) of every group of the gallery's `kind`."""
+    lines = storage.read_bytes(storage.join(snapshot.folder, "gallery/gallery.jsonl")).splitlines()
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for item in map(json.loads, lines):
+        if item["kind"] == kind:
+            groups.setdefault(item["group"], []).append(item)
+    for items in groups.values():
+        names = [item["file"] for item in sorted(items, key=lambda item: item["position"])]
+        yield (
+            items[0]["caption"],
+            [storage.read_bytes(storage.join(snapshot.folder, "gallery", n)) for n in names],
+        )
+
+
+def _variations(snapshot: Snapshot) -> tuple[Variation, ...]:
+    return tuple(
+        Variation(original=pictures[0], variations=tuple(pictures[1:]), caption=caption)
+        for caption, pictures in _gallery(snapshot, "variation")
+    )
+
+
+def _interpolations(snapshot: Snapshot) -> tuple[Interpolation, ...]:
+    found = []
+    for caption, pictures in _gallery(snapshot, "interpolation"):
+        start, end = caption.split(" → ", 1)
+        found.append(Interpolation(frames=tuple(pictures), start=start, end=end))
+    return tuple(found)
+
+
+def _lineage(inputs: Inputs) -> tuple[Artifact, ...]:
+    return tuple(
+        Artifact(
+            stage=snapshot.stage,
+            fingerprint=snapshot.fingerprint,
+            parents=tuple(dict.fromkeys(parent.stage for parent in snapshot.parents.values())),
+        )
+        for snapshot in inputs.values()
+    )
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "Python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+    }
+
+
+STAGE = Stage(
+    name="report",
+    version=1,
+    reads=lambda _: frozenset({"image", "caption", "generated"}),
+    writes=lambda _: frozenset(),
+    config=ReportConfig,
+    run=run,
+)

@@ -1,0 +1,351 @@
+"""What a run's report shows (`ReportData`), and its rendering as one self-contained HTML page. Pure: no store, no cluster.
+
+The page holds no script and asks nothing of any network: pictures are `data:` URIs, charts inline SVG, and its own
+Content-Security-Policy forbids the rest. All text is escaped, since captions come from strangers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from stages import charts
+from stages.charts import Node, Point, Series
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRun:
+    """One stage of the plan as it ran."""
+
+    name: str
+    status: Literal["ran", "cached"]
+    reason: str
+    seconds: float
+    """Wall time; of a cached stage, what it took when it ran."""
+    fingerprint: str
+    attempts: int | None = None
+    samples: int | None = None
+    shards: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A PNG and the text that belongs to it."""
+
+    png: bytes
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """What went in."""
+
+    pairs: int
+    shards: int
+    bytes: int
+    caption_lengths: Mapping[int, int] = field(default_factory=dict)
+    """Characters -> number of captions."""
+    image_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """(width, height) of the source images in pixels -> number of images."""
+    samples: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerEntry:
+    """Where the attempted rows of one stage went, counted on both sides so that a loss shows."""
+
+    stage: str
+    attempted: int
+    written: int
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    failed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> int:
+        """Attempted rows that are in no count; 0 when the ledger balances, negative when rows were counted twice."""
+        return self.attempted - self.written - sum(self.filtered.values()) - sum(self.failed.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One number with its 95 % interval and its protocol. Unit "%" means that value, low and high are fractions."""
+
+    name: str
+    label: str
+    value: float
+    better: Literal["higher", "lower"]
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    n: int | None = None
+    meaning: str = ""
+    protocol: str = ""
+    headline: bool = False
+    """Shown large at the top of the page."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttributeAccuracy:
+    """The fraction of generated images in which one attribute is as the prompt says; None where nothing was asked."""
+
+    attribute: str
+    seen: float | None
+    heldout: float | None
+    seen_n: int = 0
+    heldout_n: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnostic:
+    """One row of the prior's diagnostics: a cosine in [-1, 1] and what it compares."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    meaning: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reconstruction:
+    """A PNG, the same after encoding and decoding, and their PSNR in dB."""
+
+    original: bytes
+    decoded: bytes
+    caption: str = ""
+    psnr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """The losses of one training stage as (step, value)."""
+
+    stage: str
+    train: tuple[Point, ...]
+    validation: tuple[Point, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """A generated PNG and its prompt; `correct` is None where no recogniser knows the truth."""
+
+    png: bytes
+    prompt: str
+    correct: bool | None = None
+    heldout: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variation:
+    """A PNG of the dataset and images generated from its embedding."""
+
+    original: bytes
+    variations: tuple[bytes, ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interpolation:
+    """PNGs generated on the way from one image embedding to another, both ends included."""
+
+    frames: tuple[bytes, ...]
+    start: str = ""
+    end: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """One snapshot of the lineage; `parents` are stages that come before it in `ReportData.lineage`."""
+
+    stage: str
+    fingerprint: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportData:
+    """All that the page shows. What is empty is left out, section by section."""
+
+    title: str
+    run: str
+    recipe: str
+    created: datetime
+    """Aware; shown in UTC."""
+    seconds: float
+    summary: str
+    """One sentence with the main score."""
+    plan: tuple[StageRun, ...] = ()
+    dataset: Dataset | None = None
+    ledger: tuple[LedgerEntry, ...] = ()
+    scores: tuple[Score, ...] = ()
+    accuracy: tuple[AttributeAccuracy, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+    reconstructions: tuple[Reconstruction, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    generated: tuple[Generated, ...] = ()
+    variations: tuple[Variation, ...] = ()
+    interpolations: tuple[Interpolation, ...] = ()
+    lineage: tuple[Artifact, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def render(data: ReportData) -> str:
+    """The whole page as HTML. Raises ValueError when a picture is no PNG or the lineage is out of order."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        duration=duration,
+        size=file_size,
+        score=score_text,
+        cosine=_cosine_text,
+        picture=png_data_uri,
+        pixels=png_size,
+        tile=tile_width,
+    )
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        sections=sections(data),
+        created=data.created.astimezone(UTC),
+        config=json.dumps(data.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
+        curves=_drawable(data.curves),
+        curve_chart=curve_chart,
+        lengths_chart=_lengths_chart,
+        ledger_chart=_ledger_chart,
+        lineage_chart=_lineage_chart,
+    )
+
+
+def sections(data: ReportData) -> dict[str, str]:
+    """Anchor -> heading of the sections that have something to show, in the order of the page."""
+    shown = {
+        "generated": ("Generated images", data.generated),
+        "scores": ("Scores", data.scores or data.accuracy or data.diagnostics),
+        "variations": ("Image variations", data.variations),
+        "interpolations": ("Interpolations", data.interpolations),
+        "reconstructions": ("Reconstructions", data.reconstructions),
+        "curves": ("Loss curves", _drawable(data.curves)),
+        "dataset": ("Dataset", data.dataset),
+        "ledger": ("Ledger", data.ledger),
+        "plan": ("Plan as run", data.plan),
+        "lineage": ("Lineage", data.lineage),
+        "environment": ("Environment and config", data.environment or data.config),
+    }
+    return {anchor: heading for anchor, (heading, content) in shown.items() if content}
+
+
+def png_data_uri(png: bytes) -> str:
+    """`data:image/png;base64,…`. Raises ValueError when `png` does not start as a PNG does."""
+    png_size(png)
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def png_size(png: bytes) -> tuple[int, int]:
+    """(width, height) in pixels, from the IHDR chunk. Raises ValueError when `png` does not start as a PNG does."""
+    if png[:8] != _PNG_START or png[12:16] != b"IHDR" or len(png) < 24:
+        raise ValueError(
+            f"a picture starts with {png[:8]!r}, and the page shows PNG only: encode it as PNG first"
+        )
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+def tile_width(png: bytes, target: int) -> int:
+    """CSS pixels to show a PNG at: the largest whole multiple of its width within `target`, or `target` for larger ones."""
+    width, _ = png_size(png)
+    return width * (target // width) if width <= target else target
+
+
+def curve_chart(curve: Curve) -> Markup:
+    """The chart of one training stage: raw loss faint, its moving average strong, validation loss beside it."""
+    values = [y for _, y in charts.finite([*curve.train, *curve.validation])]
+    log_y = min(values) > 0 and max(values) / min(values) > 30
+    series = [
+        Series(label="logged", points=curve.train, role="raw"),
+        Series(label="average", points=charts.smooth(curve.train)),
+        Series(label="validation", points=curve.validation, role="second"),
+    ]
+    title = f"Loss of {curve.stage} over {len(curve.train)} logged steps"
+    return charts.line_chart(series, title=title, x_label="step", y_label="loss", log_y=log_y)
+
+
+def score_text(value: float | None, unit: str = "") -> str:
+    """`value` with three significant digits, or one decimal for "%" of a fraction; a dash for None and for NaN."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(digits, 6)}f}".replace("-", "−") + (f" {unit}" if unit else "")
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def file_size(count: float) -> str:
+    """`count` bytes in B, kB, MB … of 1000, with three significant digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return (
+        f"{count:.0f} B"
+        if unit == "B"
+        else f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
+    )
+
+
+def _cosine_text(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
+
+
+def _drawable(curves: tuple[Curve, ...]) -> list[Curve]:
+    return [curve for curve in curves if charts.finite(curve.train)]
+
+
+def _lengths_chart(lengths: Mapping[int, int]) -> Markup:
+    return charts.histogram(
+        lengths, title="Distribution of caption lengths", x_label="characters per caption", y_label="captions"
+    )
+
+
+def _ledger_chart(entry: LedgerEntry) -> Markup:
+    parts: list[tuple[str, float, charts.Role]] = [
+        ("written", entry.written, "ok"),
+        ("filtered", sum(entry.filtered.values()), "warn"),
+        ("failed", sum(entry.failed.values()), "bad"),
+    ]
+    return charts.stacked_bar(parts, title=f"Rows of {entry.stage}: written, filtered and failed")
+
+
+def _lineage_chart(lineage: tuple[Artifact, ...]) -> Markup:
+    nodes = [Node(name=a.stage, note=a.fingerprint, parents=a.parents) for a in lineage]
+    return charts.lineage_graph(nodes, title="Which artifact was made from which")

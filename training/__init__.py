@@ -1,0 +1,1 @@
+"""How models are built, trained, sampled and measured. torch; knows no cluster and no orchestrator."""

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: objectives, guidance, sampling. Knows no model, no data, no cluster."""

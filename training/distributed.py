@@ -1,0 +1,83 @@
+"""Rank, world size and collectives; everything degrades to a single process without torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """This process's index among the training workers, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many training workers there are, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Returns once every worker has called it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of `value` over all workers, on every worker."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+def device() -> torch.device:
+    """This worker's own device: its CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A process group for plain `torchrun`; does nothing when alone or when someone (Ray Train) made one already."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, *, fsdp: bool) -> nn.Module:
+    """`model` ready for this world: as it is, replicated by DDP, or sharded in place by FSDP2."""
+    if world_size() == 1:
+        return model
+    if fsdp:
+        return _fully_shard(model)
+    ids = [device().index] if device().type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under DDP; FSDP2 shards in place and adds no wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _fully_shard(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device().type, (world_size(),))
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)

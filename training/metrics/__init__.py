@@ -1,0 +1,1 @@
+"""Metrics as functions of stored features. Knows no model that generates."""

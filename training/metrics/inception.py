@@ -1,0 +1,202 @@
+"""The FID variant of Inception v3: the network whose pooled features the published FID and KID are defined on.
+
+torchvision's own Inception differs in its pooling and its weights, and gives another metric. Here average pools inside
+the blocks leave the padding out of their counts, and the last block pools by maximum. Weights come from a local file.
+
+Legend: B pictures, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from pickle import UnpicklingError
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.models import inception
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""The public port of TensorFlow's inception-2015-12-05 graph, from the releases of pytorch-fid."""
+
+SIDE = 299
+WIDTH = 2048
+MICRO_BATCH = 16
+"""Pictures per forward pass, the last one padded: kernels are chosen by batch size, and with them the last bits."""
+
+
+class FidInceptionA(inception.InceptionA):
+    """Mixed_5b to 5d, average pool without padding."""
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        return [
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(_mean_inside(x)),
+        ]
+
+
+class FidInceptionC(inception.InceptionC):
+    """Mixed_6b to 6e, average pool without padding."""
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return [
+            self.branch1x1(x),
+            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
+            self.branch_pool(_mean_inside(x)),
+        ]
+
+
+class FidInceptionE(inception.InceptionE):
+    """Mixed_7b, average pool without padding."""
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return [
+            self.branch1x1(x),
+            torch.cat([self.branch3x3_2a(single), self.branch3x3_2b(single)], dim=1),
+            torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], dim=1),
+            self.branch_pool(self._pool(x)),
+        ]
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return _mean_inside(x)
+
+
+class FidInceptionELast(FidInceptionE):
+    """Mixed_7c, which pools by maximum."""
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
+
+
+def build_inception() -> inception.Inception3:
+    """The network with its 1008-way head, as the weights file has it; valid on the meta device."""
+    blocks = [
+        inception.BasicConv2d,
+        FidInceptionA,
+        inception.InceptionB,
+        FidInceptionC,
+        inception.InceptionD,
+        FidInceptionE,
+        inception.InceptionAux,
+    ]
+    model = inception.Inception3(
+        num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks
+    )
+    model.Mixed_7c = FidInceptionELast(WIDTH)
+    return model
+
+
+def load_inception(path: str | Path, expect_sha256: str | None = WEIGHTS_SHA256) -> nn.Module:
+    """The feature network in evaluation mode, on the CPU, mapping normalised (B, 3, 299, 299) to (B, 2048) float32.
+
+    `path` is a local .pth (tensors only) or .safetensors. `expect_sha256` is the file's digest in hex; None accepts any
+    weights that fit. Raises FileNotFoundError, and ValueError when the digest or the tensors are not what is expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no Inception weights at {path}: download {WEIGHTS_FILE} from pytorch-fid's releases"
+        )
+    if expect_sha256 is not None:
+        _check_digest(path, expect_sha256)
+    with torch.device("meta"):
+        model = build_inception()
+    try:
+        model.load_state_dict(_read_state(path), assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit the FID Inception v3 with 1008 classes (torchvision's ImageNet weights do not either): "
+            f"use {WEIGHTS_FILE}. {' '.join(str(error).split())[:300]}"
+        ) from error
+    model.register_module("fc", nn.Identity())
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def features(model: nn.Module, images: Tensor) -> Tensor:
+    """Pooled features (B, 2048) float32, on the model's device, of `images` (B, 3, H, W) uint8, RGB, 0 to 255.
+
+    Resized by `resize_tf1`, normalised to (x - 128) / 128, in padded micro-batches of 16, so that row i depends on image i
+    only. Raises ValueError for another dtype or shape: a float taken for 0 to 255 would give a number and no error.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(
+            f"images must be a non-empty uint8 tensor (B, 3, H, W) with values 0 to 255, "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
+    device = next(model.parameters()).device
+    # cuDNN convolves in TF32 by default, which keeps ten bits of each weight: too few for features that are compared.
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        return torch.cat([_micro_batch(model, chunk.to(device)) for chunk in images.split(MICRO_BATCH)])
+
+
+def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
+    """(B, 3, side, side) float32, still 0 to 255: the bilinear resize inside TensorFlow 1's Inception graph.
+
+    Output pixel i reads the input at i * (size / side), with no half-pixel offset, no aligned corners and no antialiasing,
+    and never beyond the last pixel. Columns are blended before rows, in float32, as TensorFlow does.
+    """
+    left, right, weight = _tf1_taps(images.shape[-1], side, images.device)
+    rows = images.float()
+    rows = _blend(rows[..., left], rows[..., right], weight)
+    upper, lower, weight = _tf1_taps(images.shape[-2], side, images.device)
+    return _blend(rows[..., upper, :], rows[..., lower, :], weight[:, None])
+
+
+def _micro_batch(model: nn.Module, images: Tensor) -> Tensor:
+    missing = MICRO_BATCH - len(images)
+    padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
+    return model((resize_tf1(padded) - 128.0) / 128.0)[: len(images)]
+
+
+def _tf1_taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    scale = torch.tensor(size, dtype=torch.float32) / side  # TensorFlow keeps the scale in float32
+    source = torch.arange(side, dtype=torch.float32) * scale
+    low = source.long()
+    return low.to(device), (low + 1).clamp(max=size - 1).to(device), (source - low).to(device)
+
+
+def _blend(low: Tensor, high: Tensor, weight: Tensor) -> Tensor:
+    return low + (high - low) * weight
+
+
+def _mean_inside(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+
+
+def _check_digest(path: Path, expect_sha256: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expect_sha256.lower():
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, expected {expect_sha256}: "
+            f"FID numbers are comparable only with {WEIGHTS_FILE}; download it again, or pass the digest of your own weights"
+        )
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, floats as float32, without the batch counters that only some exports of this file have."""
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no file of tensors that can be read safely: use {WEIGHTS_FILE}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (names to tensors): use {WEIGHTS_FILE}")
+    return {
+        name: tensor.float() for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }

@@ -1,0 +1,63 @@
+"""Prompt accuracy: the share of generated pictures that show what their prompt asked for, where a recogniser can tell.
+
+Legend: N pictures, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data import digits, shapes
+from training.metrics.reconstruction import require_pictures
+
+Matches = Callable[[np.ndarray, dict[str, Any]], dict[str, bool]]
+"""(image (H, W, 3) uint8, truth) -> whether each attribute of the truth is seen in the image."""
+
+RECOGNISERS: dict[str, Matches] = {"shapes": shapes.matches, "digits": digits.matches}
+"""A truth's `kind` -> its recogniser: exact rules or a fixed classifier, never the model under test."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Accuracy:
+    """Shares in [0, 1]."""
+
+    all: float
+    """Pictures with every attribute right."""
+    by_attribute: dict[str, float]
+    """Attribute -> share right, over the pictures whose truth has it."""
+    correct: np.ndarray
+    """(N,) bool: every attribute right. Its sum feeds `intervals.wilson_interval`."""
+
+
+def prompt_accuracy(images: np.ndarray, truths: Sequence[Mapping[str, Any]]) -> Accuracy:
+    """Accuracy of `images` (N, H, W, 3) uint8 against `truths`, one record per image with its `kind`.
+
+    Raises ValueError for no image, another dtype or shape, a count that differs, or an unknown kind.
+    """
+    require_pictures(images)
+    if len(images) != len(truths):
+        raise ValueError(
+            f"{len(images)} images for {len(truths)} truths: give one truth per image, in the same order"
+        )
+    found = [_recogniser(truth)(image, dict(truth)) for image, truth in zip(images, truths, strict=True)]
+    by_attribute = defaultdict(list)
+    for matches in found:
+        for attribute, right in matches.items():
+            by_attribute[attribute].append(bool(right))
+    correct = np.array([all(matches.values()) for matches in found], dtype=bool)
+    shares = {attribute: float(np.mean(right)) for attribute, right in by_attribute.items()}
+    return Accuracy(float(correct.mean()), shares, correct)
+
+
+def _recogniser(truth: Mapping[str, Any]) -> Matches:
+    kind = truth.get("kind")
+    if kind not in RECOGNISERS:
+        raise ValueError(
+            f"no recogniser for a truth of kind {kind!r}: allowed are {', '.join(sorted(RECOGNISERS))}"
+        )
+    return RECOGNISERS[kind]

@@ -1,0 +1,1 @@
+"""Systems: compositions of trainables. One file per trainable, one per composition."""

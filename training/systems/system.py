@@ -1,0 +1,88 @@
+"""What the loop and the stages know of a model: `Trainable`, `Columns`, `Batch`. Concrete systems are siblings of this file.
+
+Legend: B batch, H W pixels, D embedding width, T longest caption of the dataset in tokens, C latent channels, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+
+from data.config import Config, operational
+from training.randomness import Draws
+
+Batch: TypeAlias = dict[str, Any]
+"""What the loader yields, by column name, on the training device:
+
+    image        (B, 3, H, W) uint8, 0 to 255
+    caption      list of B str
+    img_emb      (B, D) float32, L2-normalised
+    text_emb     (B, D) float32, L2-normalised
+    text_hidden  (B, T, D) float32, zero after the caption's end; with it text_length (B,) int64, tokens before padding
+    vae_moments  (B, 2C, h, w) float32, mean then log-variance, unscaled
+    position     (B,) int64, always there: the samples' global positions in the training stream
+"""
+
+
+class TrainConfig(Config):
+    """Options that every training stage has; each trainable's config extends it with its own."""
+
+    max_steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(64, ge=1, description="samples per optimizer step, over all workers")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up to the peak")
+    schedule: str = Field("cosine", pattern="^(cosine|constant)$", description="after warm-up: cosine to 0, or constant")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none")
+    clip_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the weights' moving average; 0 disables")
+    precision: str = Field("fp32", pattern="^(fp32|bf16)$", description="autocast dtype; weights and optimizer stay fp32")
+    seed: int = Field(0, ge=0, description="seeds initial weights, sample order and every draw")
+    num_workers: int = operational(1, ge=1, description="training workers, one device each")
+    fsdp: bool = operational(False, description="shard weights over the workers (FSDP2) instead of replicating them")
+    checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
+
+
+class Columns(Protocol):
+    """Random access to a dataset's row-aligned columns; `data.loader.ColumnSet` is the real one."""
+
+    def __len__(self) -> int: ...
+
+    def shape(self, column: str) -> tuple[int, ...]:
+        """Per-sample shape: (D,), (T, D) with T the longest caption, (2C, h, w), (H, W, 3)."""
+        ...
+
+    def rows(self, column: str, indices: Sequence[int]) -> np.ndarray:
+        """Stacked rows as the batch holds them, float32 or uint8."""
+        ...
+
+    def empty(self, column: str) -> np.ndarray:
+        """The row of `text_emb` (D,) or `text_hidden` (T0, D) that the empty caption has, float32."""
+        ...
+
+    def facts(self, column: str) -> Mapping[str, Any]:
+        """Facts of the artifact that wrote the column, such as the VAE's `scaling_factor`."""
+        ...
+
+
+class Trainable(Protocol):
+    """A model and its loss: all that the loop knows."""
+
+    columns: tuple[str, ...]
+    """Batch fields it consumes; the loader reads no others."""
+
+    def build(self) -> nn.Module:
+        """A freshly initialised module; deterministic under `torch.manual_seed`, and valid on the meta device."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """Per-sample loss (B,) float32. Calls `model` through `forward` only, since it may be wrapped by DDP or FSDP."""
+        ...
+
+    def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        """Writes weights and configs so that their own library loads `folder`; returns the facts readers need."""
+        ...
