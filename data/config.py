@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,8 +28,7 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
         extra = info.json_schema_extra
         if isinstance(extra, dict) and extra.get("operational"):
             continue
-        value = getattr(config, name)
-        fields[name] = result_fields(value) if isinstance(value, BaseModel) else _jsonable(value)
+        fields[name] = _jsonable(getattr(config, name), result_fields)
     return fields
 
 
@@ -38,17 +38,24 @@ def canonical_json(value: Any) -> bytes:
 
 
 def fingerprint(*parts: Any) -> str:
-    """12 hex digits that name a computation: the start of the SHA-256 of the parts' canonical JSON."""
-    return hashlib.sha256(canonical_json(list(parts))).hexdigest()[:12]
+    """12 hex digits that name a computation: the start of the SHA-256 of the parts' canonical JSON.
+
+    Of a config among the parts, only what `result_fields` keeps counts.
+    """
+    return hashlib.sha256(canonical_json(_jsonable(parts, result_fields))).hexdigest()[:12]
 
 
-def _jsonable(value: Any) -> Any:
+def _all_fields(config: BaseModel) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _jsonable(value: Any, fields_of: Callable[[BaseModel], dict[str, Any]] = _all_fields) -> Any:
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return fields_of(value)
     if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): _jsonable(v, fields_of) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [_jsonable(v, fields_of) for v in value]
     if isinstance(value, set | frozenset):
-        return sorted(_jsonable(v) for v in value)
+        return sorted(_jsonable(v, fields_of) for v in value)
     return value

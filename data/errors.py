@@ -13,6 +13,11 @@
 
 from __future__ import annotations
 
+import errno
+
+NO_PLACE_TO_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+"""`OSError.errno`s of a full or forbidden destination: no second attempt helps, the user has to make room."""
+
 
 class DarkroomError(Exception):
     """Root of every error that Darkroom raises on purpose."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -17,6 +19,7 @@ from data.config import Config
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
+POLL_SECONDS = 1.0
 
 
 class Owner(Config):
@@ -53,60 +56,46 @@ def lease(folder: str, *, waiting: Callable[[Owner], None] = lambda _: None) -> 
     finally:
         stopped.set()
         beating.join()
-        if (holder := _read(path)) and holder.token == token:
-            path.unlink(missing_ok=True)
+        with _alone(path):
+            if (holder := _read(path)) and holder.token == token:
+                path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path, token: str, waiting: Callable[[Owner], None]) -> None:
     told = False
-    while not _create(path, token):
-        holder = _read(path)
-        if holder is None or _is_dead(holder):
-            _evict(path, holder)
-            continue
+    while holder := _take(path, token):
         if not told:
             waiting(holder)
             told = True
-        stopping.wait(1.0)
+        time.sleep(POLL_SECONDS)
 
 
-stopping = threading.Event()
-"""Never set: a wait that signals interrupt."""
+def _take(path: Path, token: str) -> Owner | None:
+    """Writes our lease where there is none of a live owner; else returns that owner."""
+    with _alone(path):
+        holder = _read(path)
+        if holder is not None and not _is_dead(holder):
+            return holder
+        storage.write_bytes(str(path), _me(token).model_dump_json().encode())
+        return None
 
 
-def _create(path: Path, token: str) -> bool:
-    """Publishes a complete lease file if there is none: a hard link is atomic and fails where the name exists."""
-    draft = path.with_name(f".tmp-{token}-lease")
-    draft.write_text(_me(token).model_dump_json())
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink()
-    return True
-
-
-def _evict(path: Path, holder: Owner | None) -> None:
-    """Removes a dead lease; of several that try, one renames it away and the others find it gone."""
-    grave = path.with_name(f".tmp-{secrets.token_hex(8)}-dead")
-    try:
-        path.rename(grave)
-    except FileNotFoundError:
-        return
-    buried = _read(grave)
-    if buried is not None and (holder is None or buried.token != holder.token) and not _is_dead(buried):
-        grave.rename(path)  # someone else was faster and lives: what was renamed away is theirs
-        return
-    grave.unlink(missing_ok=True)
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time reads a lease and changes it; the system ends the turn of a process that is killed."""
+    with path.with_suffix(".lock").open("wb") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def _beat(path: Path, token: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_SECONDS):
-        holder = _read(path)
-        if holder is None or holder.token != token:
-            return
-        storage.write_bytes(str(path), _me(token).model_dump_json().encode())
+        # a disk that is full now may have room at the next beat
+        with contextlib.suppress(OSError), _alone(path):
+            holder = _read(path)
+            if holder is None or holder.token != token:
+                return
+            storage.write_bytes(str(path), _me(token).model_dump_json().encode())
 
 
 def _read(path: Path) -> Owner | None:
@@ -117,7 +106,7 @@ def _read(path: Path) -> Owner | None:
 
 
 def _is_dead(owner: Owner) -> bool:
-    if owner.host == socket.gethostname():
+    if owner.host == socket.gethostname() and owner.born:
         return _born(owner.pid) != owner.born
     return time.time() - owner.beat > EXPIRY_SECONDS
 
@@ -128,7 +117,10 @@ def _me(token: str) -> Owner:
 
 
 def _born(pid: int) -> str:
-    """The process's start time in clock ticks since boot (field 22 of /proc/PID/stat); empty when it has ended."""
+    """The process's start time in clock ticks since boot (field 22 of /proc/PID/stat).
+
+    Empty when it has ended, and on a system without /proc, where only heartbeats tell.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

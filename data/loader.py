@@ -20,7 +20,7 @@ from data.errors import ShardMismatch, UserError
 from data.images import decode
 from data.manifest import Snapshot
 from data.schema import COLUMNS
-from data.shards import ShardReader
+from data.tars import ShardReader
 
 IMAGE_CACHE_BYTES = 512 << 20
 """Decoded images up to this size altogether are kept in memory; decoding a small one again costs more than its bytes."""
@@ -30,12 +30,17 @@ class ColumnSet:
     """Random access to the columns of one dataset, over all its shards in order.
 
     Opening verifies that every two columns agree shard by shard on count and ordered keys; ShardMismatch names the files
-    that do not. Raises UserError when a column is missing.
+    that do not. Raises UserError when a column is missing or there is no sample at all.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot]) -> None:
         self._owner = {column: snapshot for snapshot in snapshots for column in snapshot.columns}
         counted = [snapshot for snapshot in snapshots if snapshot.shards]
+        if not any(snapshot.samples for snapshot in counted):
+            raise UserError(
+                f"no input holds a sample ({', '.join(s.folder for s in snapshots) or 'none was given'}): "
+                "check the source and the filters of `shard`"
+            )
         self.shards = [shard.index for shard in counted[0].shards if shard.samples]
         _verify(counted)
         counts = [shard.samples for shard in counted[0].shards if shard.samples]
@@ -173,8 +178,9 @@ def batches(
     while True:
         positions = step * batch_size + rank * per_rank + np.arange(per_rank)
         epochs = positions // count
-        orders = {e: orders.get(e) for e in np.unique(epochs).tolist()}
-        orders = {e: stream_order(seed, e, count) if o is None else o for e, o in orders.items()}
+        orders = {
+            e: orders[e] if e in orders else stream_order(seed, e, count) for e in np.unique(epochs).tolist()
+        }
         indices = np.array([orders[int(e)][p % count] for e, p in zip(epochs, positions, strict=True)])
         batch = columns.batch(names, indices)
         batch["position"] = torch.from_numpy(positions.astype(np.int64))

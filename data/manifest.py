@@ -1,9 +1,9 @@
 """What a finished artifact is: ledgers, shard records, snapshots. A snapshot is written last: its existence is completion.
 
-    {folder}/                     named {stage}/{key}: what made it
-        …                         the artifact's files
-        _meta/receipts/00000.json one ShardRecord per finished shard
-        _meta/snapshots/{fp}.json one Snapshot: an immutable list of shards and files
+{folder}/                     named {stage}/{key}: what made it
+    …                         the artifact's files
+    _meta/receipts/00000.json one ShardRecord per finished shard
+    _meta/snapshots/{fp}.json one Snapshot: an immutable list of shards and files
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class Snapshot(Config):
     parents: dict[str, Parent] = {}
     shards: tuple[ShardRecord, ...] = ()
     files: tuple[FileRecord, ...] = ()
-    facts: dict[str, Any] = Field({}, description="small measured facts that readers need: sizes, scales, scores")
+    facts: dict[str, Any] = Field(
+        {}, description="small measured facts that readers need: sizes, scales, scores"
+    )
     created: str = Field("", description="UTC, ISO 8601; not part of the digest")
     seconds: float = Field(0.0, description="wall time of the run that published; not part of the digest")
     folder: str = Field("", exclude=True, description="where it was read from; never written")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
-import mmap
 import secrets
 import stat
 import tempfile
@@ -20,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
@@ -28,15 +26,13 @@ from pydantic import Field
 from data import captions, images, storage
 from data.captions import CaptionRules
 from data.columns import parquet_bytes, publish
-from data.errors import CorruptArtifact, SampleError
+from data.errors import SampleError
 from data.images import ImageRules, Prepared
 from data.manifest import FileRecord, Ledger, ShardRecord, keys_digest
 from data.sources import Row
+from data.tars import TarWriter
 
-BLOCK = 512
-RECORD = 20 * BLOCK
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-_IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 _COLUMNS = pa.schema(
     [
@@ -147,89 +143,6 @@ def write_shard(rows: Sequence[Row], index: int, folder: str, config: ShardConfi
     )
 
 
-class TarWriter:
-    """Writes ustar members that depend on name and content alone: no times, no owners."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.bytes = 0
-        self._stream = stream
-        self._digest = hashlib.sha256()
-
-    def add(self, name: str, payload: bytes) -> None:
-        """Appends one file; `name` is ASCII of at most 100 bytes, `payload` below 8 GiB."""
-        self._write(b"".join((_tar_header(name, len(payload)), payload, bytes(-len(payload) % BLOCK))))
-
-    def finish(self) -> None:
-        """Writes the end of the archive: two zero blocks, then zeros up to a whole record."""
-        self._write(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of all that was written."""
-        return self._digest.hexdigest()
-
-    def _write(self, payload: bytes) -> None:
-        self._stream.write(payload)
-        self._digest.update(payload)
-        self.bytes += len(payload)
-
-
-class ShardReader:
-    """Random access to a shard's tar by row; memory-mapped where local, never unpacked; safe to share among threads.
-
-    Opening walks every header once and raises CorruptArtifact, naming the file and the byte, unless the archive ends
-    as one should and each sample has its image, json and txt, adjacent, under a key of its own. FileNotFoundError
-    where there is no file. `len()` is the number of samples, `keys` names them in order.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._buffer = _map(url)
-        try:
-            samples = list(_samples(self._buffer, url))
-        except BaseException:
-            self.close()
-            raise
-        self.keys = tuple(key for key, _ in samples)
-        self._members = [members for _, members in samples]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, row: int) -> bytes:
-        """The encoded picture of sample `row`."""
-        return self._payload(row, "image")
-
-    def caption(self, row: int) -> str:
-        """The caption of sample `row`. Raises CorruptArtifact when it is not UTF-8."""
-        try:
-            return self._payload(row, "txt").decode()
-        except UnicodeDecodeError as error:
-            raise CorruptArtifact(f"{self.url}: the caption of {self.keys[row]} is not UTF-8") from error
-
-    def fields(self, row: int) -> dict[str, Any]:
-        """The json member of sample `row`: its line of the parquet. Raises CorruptArtifact when it is not JSON."""
-        try:
-            return json.loads(self._payload(row, "json"))
-        except ValueError as error:
-            raise CorruptArtifact(f"{self.url}: the json of {self.keys[row]} cannot be parsed") from error
-
-    def close(self) -> None:
-        """Unmaps a local file; nothing may be read afterwards."""
-        if isinstance(self._buffer, mmap.mmap):
-            self._buffer.close()
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _payload(self, row: int, kind: str) -> bytes:
-        start, size = self._members[row][kind]
-        return self._buffer[start : start + size]
-
-
 def _read_image(location: str, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes, so that what is too large is seen to be and never held."""
     try:
@@ -310,75 +223,3 @@ def _ledger(lines: Sequence[dict[str, Any]]) -> Ledger:
     return Ledger(
         written=written, filtered=dict(sorted(filtered.items())), failed=dict(sorted(failed.items()))
     )
-
-
-_MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2
-_NO_TIME = b"0" * 11 + b"\0"
-_REGULAR = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
-_CONSTANT_SUM = sum(_MODE_AND_OWNER) + sum(_NO_TIME) + sum(_REGULAR) + 8 * ord(" ")
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    """One POSIX ustar header block: mode 0644, owner 0, time 0."""
-    encoded, digits = name.encode("ascii"), b"%011o" % size
-    assert len(encoded) <= 100 and len(digits) == 11, f"{name} of {size} bytes does not fit a ustar header"
-    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(digits))
-    return b"".join((encoded.ljust(100, b"\0"), _MODE_AND_OWNER, digits, b"\0", _NO_TIME, checksum, _REGULAR))
-
-
-def _map(url: str) -> bytes | mmap.mmap:
-    if not storage.is_local(url):
-        return storage.read_bytes(url)
-    with storage.local_path(url).open("rb") as file:
-        is_empty = not file.seek(0, 2)
-        return b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _samples(buffer: bytes | mmap.mmap, url: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {"image" | "json" | "txt": (start, size)}) of each sample, in the order of the archive."""
-    known: set[str] = set()
-    groups = itertools.groupby(_members(buffer, url), key=lambda member: member[1].partition(".")[0])
-    for key, members in groups:
-        found: dict[str, tuple[int, int]] = {}
-        offset = 0
-        for offset, name, size in members:
-            extension = name.partition(".")[2].lower()
-            kind = "image" if extension in _IMAGE_EXTENSIONS else extension
-            if kind in found or key in known:
-                raise _corrupt(url, offset, f"sample {key} has a second {extension}, or lies in two places")
-            found[kind] = (offset + BLOCK, size)
-        if missing := {"image", "json", "txt"} - set(found):
-            raise _corrupt(url, offset, f"sample {key} has no {' and no '.join(sorted(missing))}")
-        known.add(key)
-        yield key, found
-
-
-def _members(buffer: bytes | mmap.mmap, url: str) -> Iterator[tuple[int, str, int]]:
-    """(offset of the header, name, size) of each file up to the end of the archive, which must be there."""
-    offset = 0
-    while any(block := buffer[offset : offset + BLOCK]):
-        name, size = _parse_header(block, url, offset)
-        following = offset + BLOCK + size + -size % BLOCK
-        if following > len(buffer):
-            raise _corrupt(url, offset, f"{name} has {size} bytes, which the file ends before")
-        yield offset, name, size
-        offset = following
-    tail = buffer[offset:]
-    if len(tail) < 2 * BLOCK or any(tail):
-        raise _corrupt(url, offset, "the end of the archive is missing: the file was cut or overwritten")
-
-
-def _parse_header(block: bytes, url: str, offset: int) -> tuple[str, int]:
-    checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    try:
-        is_header = int(block[148:156].rstrip(b"\0 "), 8) == checksum and block[156:157] in b"0\0"
-        name, size = block[:100].rstrip(b"\0").decode("ascii"), int(block[124:136].rstrip(b"\0 "), 8)
-    except ValueError:
-        is_header = False
-    if not is_header or len(block) < BLOCK:
-        raise _corrupt(url, offset, "there is no intact header of a file")
-    return name, size
-
-
-def _corrupt(url: str, offset: int, problem: str) -> CorruptArtifact:
-    return CorruptArtifact(f"{url}, byte {offset}: {problem}")

@@ -10,27 +10,21 @@ A row that is bad before its image is read carries a defect: it is counted, and 
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import io
-import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
 from data import storage
 from data.captions import is_utf8
 from data.config import Config, canonical_json, fingerprint
-from data.errors import UserError
+from data.tables import Record, chosen_column, records_of, refuse, text_of
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_COLUMNS = ("file_name", "image", "path", "url", "image_path", "image_url", "filename")
@@ -115,7 +109,7 @@ def list_rows(config: SourceConfig) -> list[Row]:
     else:
         rows = _metadata_rows(path, config, is_table=True)
     if not rows:
-        _fail(
+        refuse(
             f"{path} has no rows",
             f"give a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}) or a metadata file",
         )
@@ -154,13 +148,13 @@ def prompts(config: SourceConfig, limit: int | None = None) -> list[Prompt]:
     if not file.is_file():
         return []
     found: list[Prompt] = []
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(text_of(file).split("\n"), start=1):
         if line.strip():
             try:
                 found.append(Prompt.model_validate_json(line.encode("utf-8", "surrogateescape")))
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
-                _fail(
+                refuse(
                     f"line {number} of {file} is no prompt ({problem})",
                     'write {"text": …, "heldout": …, "truth": …}',
                 )
@@ -197,14 +191,10 @@ def _builtin_digest(config: SourceConfig, limit: int | None = None) -> str:
 
 def _refuse_path(config: SourceConfig) -> None:
     if config.path is not None:
-        _fail(
+        refuse(
             f"source.kind={config.kind} is built in, but the path {config.path} was given too",
             "give one of the two",
         )
-
-
-def _fail(given: str, advice: str) -> NoReturn:
-    raise UserError(f"{given}: {advice}")
 
 
 def _existing(config: SourceConfig) -> Path:
@@ -212,22 +202,22 @@ def _existing(config: SourceConfig) -> Path:
         f"{config.kind} must be materialised before its files are asked for"
     )
     if config.path is None:
-        _fail("no source was given", "name a folder or a table with --data, or set source.kind=shapes")
+        refuse("no source was given", "name a folder or a table with --data, or set source.kind=shapes")
     if not storage.is_local(config.path):
-        _fail(
+        refuse(
             f"{config.path} is a URL",
             "a source's listing is read from this machine; its images may be object-store URLs",
         )
     path = storage.local_path(config.path).expanduser().absolute()
     if not path.exists():
-        _fail(
+        refuse(
             f"{path} does not exist",
             "give an existing folder of images, or a .csv, .tsv, .jsonl or .parquet file",
         )
     if config.kind == "folder" and not path.is_dir():
-        _fail(f"{path} is a file, but source.kind=folder was given", "set source.kind=table")
+        refuse(f"{path} is a file, but source.kind=folder was given", "set source.kind=table")
     if config.kind == "table" and path.is_dir():
-        _fail(f"{path} is a folder, but source.kind=table was given", "set source.kind=folder")
+        refuse(f"{path} is a folder, but source.kind=table was given", "set source.kind=folder")
     return path
 
 
@@ -242,20 +232,17 @@ def _stamp(row: Row) -> list[int] | None:
     return [facts.st_size, facts.st_mtime_ns]
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 def _paired_rows(folder: Path) -> list[Row]:
     return [_paired_row(index, folder, name) for index, name in enumerate(sorted(_image_names(folder)))]
 
 
 def _image_names(folder: Path) -> Iterator[str]:
-    def refuse(error: OSError) -> NoReturn:
-        _fail(
+    def complain(error: OSError) -> NoReturn:
+        refuse(
             f"{error.filename} cannot be listed ({error.strerror})", "make it readable or move it elsewhere"
         )
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=complain):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -276,29 +263,18 @@ def _paired_row(index: int, folder: Path, name: str) -> Row:
 
 def _metadata_rows(file: Path, config: SourceConfig, *, is_table: bool) -> list[Row]:
     wanted = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, config.image_column, config.caption_column}
-    records = _records(file, {name.lower() for name in wanted if name})
+    records = records_of(file, {name.lower() for name in wanted if name})
     columns = list(dict.fromkeys(name for record in records if record.values for name in record.values))
     if records and not any(record.values for record in records):
-        _fail(
+        refuse(
             f"not one row of {file} can be read ({records[0].problem})",
             f"check that it is a {file.suffix} file",
         )
     if not records:
         return []
-    image_column = _choose(columns, config.image_column, IMAGE_COLUMNS, "image_column", file)
-    caption_column = _choose(columns, config.caption_column, CAPTION_COLUMNS, "caption_column", file)
+    image_column = chosen_column(columns, config.image_column, IMAGE_COLUMNS, "image_column", file)
+    caption_column = chosen_column(columns, config.caption_column, CAPTION_COLUMNS, "caption_column", file)
     return [_row(index, r, file, image_column, caption_column, is_table) for index, r in enumerate(records)]
-
-
-def _choose(columns: Sequence[str], asked: str | None, known: Sequence[str], option: str, file: Path) -> str:
-    by_lower = {name.lower(): name for name in reversed(columns)}
-    found = asked if asked in columns else next((by_lower[n] for n in known if n in by_lower), None)
-    if found is not None and asked in (None, found):
-        return found
-    near = difflib.get_close_matches(asked or known[0], columns, n=1, cutoff=0.5)
-    hint = f"source.{option}={near[0]}" if near else f"source.{option} to one of them"
-    lacks = f"the column {asked!r}" if asked else f"a column named {', '.join(known[:-1])} or {known[-1]}"
-    _fail(f"{file} lacks {lacks}; it has {', '.join(columns)}", f"set {hint}")
 
 
 def _row(
@@ -358,106 +334,3 @@ def _without_duplicates(rows: Sequence[Row]) -> list[Row]:
         problem = ("duplicate_key", f"row {earlier} already names this image")
         kept.append(row if earlier == row.index else replace(row, defect=problem))
     return kept
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a table: its values by column, or what is wrong with it. `number` counts as an editor would."""
-
-    number: int
-    values: dict[str, Any] | None
-    problem: str = ""
-
-
-def _records(file: Path, wanted: Iterable[str]) -> list[Record]:
-    suffix = file.suffix.lower()
-    if suffix not in _TABLES:
-        allowed = ", ".join(_TABLES)
-        _fail(f"{file} is of no known format", f"give a folder or a table that ends in {allowed}")
-    return list(_TABLES[suffix](file, frozenset(wanted)))
-
-
-def _text(file: Path) -> str:
-    """The text, bytes that are not UTF-8 as lone surrogates, so that one bad byte costs one row."""
-    try:
-        return file.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        _fail(f"{file} cannot be read ({error.strerror})", "check its permissions")
-
-
-def _read_jsonl(file: Path, _: frozenset[str]) -> Iterator[Record]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Record(number, None, f"the line is not JSON ({error})")
-            continue
-        is_object = isinstance(values, dict)
-        yield Record(number, values if is_object else None, "the line is not a JSON object")
-
-
-def _read_csv(file: Path, _: frozenset[str]) -> Iterator[Record]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        number = lines.line_num + 1
-        try:
-            cells = next(lines)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if header is None:
-                _fail(
-                    f"the header of {file} cannot be read ({error})", f"check that it is a {file.suffix} file"
-                )
-            yield Record(number, None, str(error))
-            continue
-        if header is None:
-            header = cells
-        elif len(cells) == len(header):
-            yield Record(number, dict(zip(header, cells, strict=True)))
-        elif cells:
-            yield Record(number, None, f"{len(cells)} fields where the header has {len(header)}")
-
-
-def _read_parquet(file: Path, wanted: frozenset[str]) -> Iterator[Record]:
-    try:
-        schema = pq.read_schema(file)
-        textual = [field.name for field in schema if _is_textual(field.type)]
-        table = pq.read_table(file, columns=[name for name in textual if name.lower() in wanted])
-    except (pa.ArrowException, OSError) as error:
-        _fail(f"{file} cannot be read as Parquet ({error})", "check the file")
-    shown = dict.fromkeys(textual)
-    columns = {name: _texts(table[name]) for name in table.column_names}
-    for number in range(table.num_rows):
-        yield Record(number + 1, shown | {name: values[number] for name, values in columns.items()})
-
-
-def _is_textual(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-    )
-
-
-def _texts(column: pa.ChunkedArray) -> list[Any]:
-    if pa.types.is_integer(column.type):
-        return column.to_pylist()
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    raw = column.cast(pa.large_binary()).to_pylist()
-    return [value if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
-
-
-_TABLES: dict[str, Callable[[Path, frozenset[str]], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}

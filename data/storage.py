@@ -13,6 +13,7 @@ from typing import BinaryIO
 import fsspec
 
 CHUNK = 1 << 20
+_TEMPORARY = ".tmp-"
 
 
 def is_local(url: str) -> bool:
@@ -31,7 +32,8 @@ def join(url: str, *parts: str) -> str:
     for part in parts:
         if part.startswith("/") or ".." in part.split("/"):
             raise ValueError(f"{part!r} leaves {url}: only relative paths without '..' are allowed")
-    return "/".join([url.rstrip("/"), *parts])
+    scheme, mark, path = url.rpartition("://")
+    return scheme + mark + "/".join([path.rstrip("/"), *parts])
 
 
 def read_bytes(url: str) -> bytes:
@@ -72,12 +74,12 @@ def publish_file(source: Path, url: str) -> None:
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb+") as file:
-        os.fsync(file.fileno())
     if source.parent != target.parent:
         temporary = _temporary_beside(target)
-        shutil.move(source, temporary)
+        shutil.move(source, temporary)  # a copy where the file systems differ: hence the sync after it
         source = temporary
+    with source.open("rb+") as file:
+        os.fsync(file.fileno())
     source.replace(target)
     _sync_folder(target.parent)
 
@@ -91,14 +93,20 @@ def exists(url: str) -> bool:
 
 
 def list_files(url: str) -> list[str]:
-    """Names of the files directly under the folder `url`, sorted; empty where there is no folder."""
+    """Names of the files directly under the folder `url`, sorted; empty where there is no folder.
+
+    What a killed writer left unpublished is not among them.
+    """
     if is_local(url):
         folder = local_path(url)
-        return sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+        names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
+        return sorted(name for name in names if not name.startswith(_TEMPORARY))
     filesystem, path = fsspec.core.url_to_fs(url)
     if not filesystem.isdir(path):
         return []
-    return sorted(i["name"].rsplit("/", 1)[-1] for i in filesystem.ls(path, detail=True) if i["type"] == "file")
+    return sorted(
+        i["name"].rsplit("/", 1)[-1] for i in filesystem.ls(path, detail=True) if i["type"] == "file"
+    )
 
 
 def list_folders(url: str) -> list[str]:
@@ -139,7 +147,7 @@ def sha256(url: str) -> tuple[int, str]:
 
 
 def _temporary_beside(target: Path) -> Path:
-    return target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    return target.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{target.name}")
 
 
 def _sync_folder(folder: Path) -> None:

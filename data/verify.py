@@ -11,7 +11,7 @@ from data import storage
 from data.config import Config
 from data.errors import CorruptArtifact, UserError
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, keys_digest, load_snapshot, snapshots
-from data.shards import ShardReader
+from data.tars import ShardReader
 
 
 class Problem(Config):
@@ -62,9 +62,7 @@ def verify(uri: str) -> Verdict:
 
 def artifact_folders(uri: str) -> list[str]:
     """The folders with a manifest at `uri` or up to three levels below it."""
-    if storage.list_folders(storage.join(uri, "_meta", "snapshots")) or storage.list_files(
-        storage.join(uri, "_meta", "snapshots")
-    ):
+    if storage.list_files(storage.join(uri, "_meta", "snapshots")):
         return [uri]
     level, found = [uri], []
     for _ in range(3):
@@ -94,6 +92,9 @@ def _file(folder: str, file: FileRecord) -> Iterator[tuple[str, str]]:
     except FileNotFoundError:
         yield uri, "is missing"
         return
+    except OSError as error:
+        yield uri, f"cannot be read: {error}"
+        return
     if size != file.bytes:
         yield uri, f"has {size} bytes, its manifest says {file.bytes}"
     elif digest != file.sha256:
@@ -110,7 +111,9 @@ def _shard(folder: str, shard: ShardRecord) -> Iterator[tuple[str, str]]:
         try:
             with ShardReader(uri) as reader:
                 keys = reader.keys
-        except (CorruptArtifact, FileNotFoundError) as error:
+        except FileNotFoundError:
+            continue  # already told
+        except (CorruptArtifact, OSError) as error:
             yield uri, str(error)
             continue
         if len(keys) != shard.samples or keys_digest(keys) != shard.keys:
@@ -131,7 +134,11 @@ def _shard(folder: str, shard: ShardRecord) -> Iterator[tuple[str, str]]:
 
 def _parents(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     for role, parent in snapshot.parents.items():
-        made = load_snapshot(parent.folder, parent.fingerprint) if storage.exists(parent.folder) else None
+        try:
+            made = load_snapshot(parent.folder, parent.fingerprint) if storage.exists(parent.folder) else None
+        except CorruptArtifact as error:
+            yield snapshot.folder, f"its {role} cannot be held against it: {error}"
+            continue
         if made is None:
             continue  # weights made elsewhere, or a parent that was cleaned away: nothing to hold against
         if made.digest != parent.digest:

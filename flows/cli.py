@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from data.errors import DarkroomError
+from data.errors import NO_PLACE_TO_WRITE, DarkroomError
 
 EXAMPLES = """examples:
   darkroom run demo                                  shapes, tiny networks: a whole system in minutes, no GPU, no network
@@ -38,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         return _complain(str(error), 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in NO_PLACE_TO_WRITE:
             raise
-        where = f" at {error.filename}" if error.filename else ""
+        where = error.filename or f"--root {arguments.root}"
         return _complain(
-            f"{error.strerror}{where}: mend that and run the same command again, finished work is kept", 1
+            f"{where}: {(error.strerror or str(error)).lower()}; mend that and run the same command again, finished work is kept",
+            1,
         )
 
 
@@ -141,7 +142,7 @@ def _address(sub: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
@@ -155,7 +156,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _emit({"recipe": plan.recipe.name, "stages": [stage.as_json() for stage in plan.stages]})
     else:
-        console.out.print(console.plan_table(plan))
+        console.show_plan(plan, plan.stages)
     return 1 if arguments.check and plan.pending else 0
 
 
@@ -193,7 +194,8 @@ def _carry_out(plan: Any, names: list[str], arguments: argparse.Namespace) -> in
 
     console.set_up_logging(verbose=arguments.verbose)
     if not arguments.json:
-        console.out.print(console.plan_table(plan))
+        console.show_plan(plan, [stage for stage in plan.stages if stage.name in names])
+    _make_folder(plan.root)
     with console.quiet_stdout():
         record = runs.carry_out(plan, names=names, address=arguments.address, verbose=arguments.verbose)
     if arguments.json:
@@ -206,9 +208,9 @@ def _carry_out(plan: Any, names: list[str], arguments: argparse.Namespace) -> in
         console.out.print("nothing to do: every stage is cached")
     for stage in record["stages"]:
         if arguments.command is _prepare:
-            console.out.print(f"{stage['name']:<7} {stage['uri']}", soft_wrap=True)
+            console.out.print(f"{stage['name']:<7} {stage['uri']}", soft_wrap=True, markup=False)
     if record["report"]:
-        console.out.print(record["report"], soft_wrap=True)
+        console.out.print(record["report"], soft_wrap=True, markup=False)
     return 0
 
 
@@ -228,7 +230,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     for path in paths:
-        console.out.print(str(path), soft_wrap=True)
+        console.out.print(str(path), soft_wrap=True, markup=False)
     return 0
 
 
@@ -241,7 +243,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         _emit(verdict.model_dump(mode="json"))
     else:
         for problem in verdict.problems:
-            console.out.print(f"[red]{problem.uri}[/] {problem.problem}", soft_wrap=True)
+            console.out.print(f"{problem.uri} {problem.problem}", soft_wrap=True, markup=False)
         rows = f"{verdict.attempted} rows attempted = {verdict.written} written + {verdict.filtered} filtered + {verdict.failed} failed"
         console.out.print(f"{'sound' if verdict.ok else f'{len(verdict.problems)} problems'}: {rows}")
     return 0 if verdict.ok else 1
@@ -256,7 +258,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"run {record['run']} ended before its report: run its recipe again without --until or --only"
         )
-    console.out.print(record["report"], soft_wrap=True)
+    console.out.print(record["report"], soft_wrap=True, markup=False)
     return 0
 
 
@@ -275,7 +277,7 @@ def _recipe_plan(arguments: argparse.Namespace) -> Any:
     from flows.plan import make_plan
 
     recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
-    recipe = recipes.with_data(recipe, arguments.data) if arguments.data else recipe
+    recipe = recipe if arguments.data is None else recipes.with_data(recipe, arguments.data)
     return make_plan(recipe, unclip_nodes(recipe), _checked_root(arguments.root))
 
 
@@ -290,12 +292,53 @@ def _refuse_missing_inputs(plan: Any, name: str) -> None:
 
 
 def _checked_root(root: str) -> str:
+    """The root as an absolute path or URL; whether it can be written is seen by what writes."""
     from data import storage
     from data.errors import UserError
 
-    if storage.is_local(root) and storage.local_path(root).is_file():
-        raise UserError(f"--root {root} is a file: give a folder, which is made when it is missing")
-    return os.path.abspath(storage.local_path(root)) if storage.is_local(root) else root.rstrip("/")  # noqa: PTH100
+    if not root:
+        raise UserError("--root is empty: give a folder, which is made when it is missing")
+    if not storage.is_local(root):
+        return _reachable(root.rstrip("/"))
+    path = storage.local_path(root).expanduser().absolute()
+    file = next((p for p in (path, *path.parents) if p.is_file()), None)
+    if file is not None:
+        what = "is a file" if file == path else f"lies under {file}, which is a file"
+        raise UserError(f"--root {root} {what}: give a folder, which is made when it is missing")
+    return os.path.normpath(path)
+
+
+def _reachable(url: str) -> str:
+    from data import storage
+    from data.errors import UserError
+
+    try:
+        storage.exists(url)
+    except Exception as error:  # each kind of store has errors of its own
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--root {url} cannot be reached ({line}): check the address and its credentials"
+        ) from error
+    return url
+
+
+def _make_folder(root: str) -> None:
+    from data import storage
+    from data.errors import UserError
+
+    if not storage.is_local(root):
+        return
+    try:
+        storage.local_path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"--root {root} cannot be made ({reason}): give a folder that you may write to"
+        ) from error
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise UserError(f"--root {root} cannot be written: give a folder that you may write to")
 
 
 def _emit(document: dict[str, Any]) -> None:

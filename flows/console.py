@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,10 +27,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from flows.plan import Plan
+from flows.plan import Plan, PlannedStage
 
+PIPE_WIDTH = 120
+"""Columns where stdout is no terminal and the environment gives none."""
+MEANING_WIDTH = 110
 err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
 log = logging.getLogger("darkroom")
 NOISY = (
     "prefect",
@@ -39,6 +46,7 @@ NOISY = (
     "open_clip",
     "diffusers",
     "transformers",
+    "huggingface_hub",
 )
 QUIET_SECONDS = 15.0
 """Without a terminal, at most one line of progress per stage in this time."""
@@ -53,72 +61,90 @@ def set_up_logging(*, verbose: bool) -> None:
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         warnings.simplefilter("ignore")
+        logging.getLogger().addHandler(
+            logging.NullHandler()
+        )  # without one, a library's first word sets up its own
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def plan_table(plan: Plan) -> Table:
-    """The stages, what is cached, what will run and why, with an estimate."""
-    table = Table(
-        title=f"{plan.recipe.name} → {plan.run}", title_justify="left", header_style="bold", pad_edge=False
-    )
-    for name, justify in (
-        ("stage", "left"),
-        ("status", "left"),
-        ("time", "right"),
-        ("why", "left"),
-        ("fingerprint", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for stage in plan.stages:
+def show_plan(plan: Plan, stages: Sequence[PlannedStage]) -> None:
+    """Prints the `stages` of a plan, what is to run, and the weights that come from elsewhere."""
+    pending = [stage for stage in stages if stage.status == "pending"]
+    known = [stage.seconds for stage in pending if stage.seconds is not None]
+    total = f", about {duration(sum(known))}" if known else ""
+    without = f" and {len(pending) - len(known)} without an estimate" if len(known) < len(pending) else ""
+    out.print(f"{plan.recipe.name} → {plan.run}", soft_wrap=True)
+    out.print(plan_table(stages))
+    if pending:
+        out.print(
+            f"{len(pending)} of {len(stages)} stages to run{total}{without if known else ''}", soft_wrap=True
+        )
+    else:
+        out.print("everything is cached")
+    for kind, source in {
+        ref.stage: ref.folder for s in stages for ref in s.inputs.values() if ref.external
+    }.items():
+        place = (
+            ""
+            if Path(source).is_dir()
+            else " (downloaded when the run starts, unless this machine has it already)"
+        )
+        out.print(f"{kind} weights: {source}{place}", soft_wrap=True, markup=False)
+
+
+def plan_table(stages: Sequence[PlannedStage]) -> Table:
+    """The stages, what is cached, what will run and why, with an estimate where there is one."""
+    timed = any(stage.seconds is not None for stage in stages)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    if timed:
+        table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    table.add_column("fingerprint", no_wrap=True, style="dim")
+    for stage in stages:
         colour = "green" if stage.status == "cached" else "yellow"
-        seconds = (
-            "?"
-            if stage.seconds is None
-            else f"{'~' if stage.status == 'pending' else ''}{duration(stage.seconds)}"
-        )
+        time_cells = [_seconds(stage)] if timed else []
         table.add_row(
-            stage.name, f"[{colour}]{stage.status}[/]", seconds, stage.reason, f"[dim]{stage.fingerprint}[/]"
+            stage.name, f"[{colour}]{stage.status}[/]", *time_cells, escape(stage.reason), stage.fingerprint
         )
-    known = [s.seconds for s in plan.pending if s.seconds is not None]
-    total = f"about {duration(sum(known))}" if known else "time unknown"
-    missing = len(plan.pending) - len(known)
-    table.caption = (
-        f"{len(plan.pending)} of {len(plan.stages)} stages to run, {total}{f' and {missing} without an estimate' if known and missing else ''}"
-        if plan.pending
-        else "everything is cached"
-    )
-    table.caption_justify = "left"
     return table
 
 
 def scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
-    """Every headline number with its 95 % interval."""
-    table = Table(header_style="bold", pad_edge=False)
-    for name, justify in (
-        ("score", "left"),
-        ("value", "right"),
-        ("95 % interval", "right"),
-        ("n", "right"),
-        ("meaning", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    """Every headline number with its 95 % interval, and what it means where the terminal is wide enough."""
+    wide = out.width >= MEANING_WIDTH
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("score", no_wrap=True)
+    for name in ("value", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("meaning", overflow="fold")
     for score in scores:
         interval = f"{score['low']:.4g} – {score['high']:.4g}"
         better = "↑" if score["better"] == "higher" else "↓"
+        meaning = [escape(score["meaning"])] if wide else []
         table.add_row(
-            f"{score['name']} {better}", f"{score['value']:.4g}", interval, str(score["n"]), score["meaning"]
+            f"{score['name']} {better}", f"{score['value']:.4g}", interval, str(score["n"]), *meaning
         )
     return table
 
 
+def _seconds(stage: PlannedStage) -> str:
+    if stage.seconds is None:
+        return "?"
+    return f"{'~' if stage.status == 'pending' else ''}{duration(stage.seconds)}"
+
+
 def duration(seconds: float) -> str:
     """`12 s`, `3:05 min` or `2:07 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 class Bars:

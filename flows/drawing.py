@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from data.errors import UserError
 from training.distributed import device
@@ -16,6 +17,7 @@ from training.randomness import Draws
 from training.systems.unclip import Sampling, Unclip
 
 BATCH = 50
+OPTIONS = {"guidance_scale": "--guidance-scale", "num_inference_steps": "--steps"}
 
 
 def draw(
@@ -38,11 +40,19 @@ def draw(
     chosen = {name: evaluation[name] for name in Sampling.model_fields} | {
         k: v for k, v in changes.items() if v is not None
     }
-    sampling = Sampling.model_validate(chosen)
+    try:
+        sampling = Sampling.model_validate(chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = OPTIONS.get(str(first["loc"][0]), first["loc"][0])
+        raise UserError(f"{option} {first['input']}: {first['msg'].lower()}") from error
     system = Unclip.load(folders["clip"], folders["vae"], folders["prior"], folders["denoiser"], device())
     texts = [prompt for prompt in prompts for _ in range(count)]
     folder, paths = Path(out), []
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {out}: {error.filename} is a file; give a folder") from error
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         index = torch.arange(start, start + len(part), device=device())

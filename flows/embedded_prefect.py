@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
 SERVER = "prefect.server.api.server:create_app"
+NOTES = "servers"
+DATABASE_BYTES = 8_000_000
+"""What a first run's database and its journal take."""
 
 
 def configure(home: Path, *, verbose: bool) -> None:
     """Points Prefect at `home` and turns its telemetry off; must run before Prefect is imported.
 
     Settings that the user made in the environment stand. A server that an earlier, killed run left behind is ended.
+    Raises OSError (ENOSPC) where the database has no room: the server would try for minutes to start.
     """
     home.mkdir(parents=True, exist_ok=True)
+    if not (home / "prefect.db").exists() and shutil.disk_usage(home).free < DATABASE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(home))
     defaults = {
         "PREFECT_HOME": str(home.resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -31,25 +39,43 @@ def configure(home: Path, *, verbose: bool) -> None:
     reap(home)
 
 
-def record(home: Path) -> None:
-    """Notes the embedded server that this process started, so that a later run can end it if this one is killed."""
-    for pid in _children(os.getpid()):
-        if SERVER in _command(pid):
-            (home / "embedded.pid").write_text(str(pid))
+def start(home: Path) -> None:
+    """Starts the embedded server, unless the user's environment names another, and notes it for a later run to end.
+
+    Ctrl-C reaches every process of the terminal; the server is deaf to it, or the flow would wait for its answers for ever.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    server = SubprocessASGIServer()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+    try:
+        server.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    assert server.server_process is not None
+    note(home, server.server_process.pid)
+
+
+def note(home: Path, pid: int) -> None:
+    """Records that this process started the server `pid`."""
+    (home / NOTES).mkdir(parents=True, exist_ok=True)
+    (home / NOTES / str(pid)).write_text(str(os.getpid()))
 
 
 def reap(home: Path) -> None:
-    """Ends the server recorded by an earlier run, if that run is dead and its server still lives."""
-    note = home / "embedded.pid"
-    try:
-        pid = int(note.read_text())
-    except (OSError, ValueError):
-        return
-    if SERVER in _command(pid) and _parent(pid) == 1:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    if SERVER not in _command(pid) or _parent(pid) == 1:
-        note.unlink(missing_ok=True)
+    """Ends every server that an earlier run recorded under `home`, if that run is dead and its server still lives."""
+    for noted in (home / NOTES).glob("[0-9]*"):
+        pid = int(noted.name)
+        with contextlib.suppress(OSError):
+            is_ours = _is_ours(pid, home)
+            if is_ours and str(_parent(pid)) == noted.read_text():
+                continue  # its run goes on beside this one
+            if is_ours:
+                os.kill(pid, signal.SIGKILL)
+            noted.unlink()
 
 
 def stop(home: Path) -> None:
@@ -62,11 +88,9 @@ def stop(home: Path) -> None:
         worker.drain_all(timeout=5)
     for server in list(SubprocessASGIServer._instances.values()):
         server.stop()
-    (home / "embedded.pid").unlink(missing_ok=True)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(int(p.name)) == pid]
+    for noted in (home / NOTES).glob("[0-9]*"):
+        if noted.read_text() == str(os.getpid()):
+            noted.unlink(missing_ok=True)
 
 
 def _parent(pid: int) -> int | None:
@@ -76,8 +100,12 @@ def _parent(pid: int) -> int | None:
         return None
 
 
-def _command(pid: int) -> str:
+def _is_ours(pid: int, home: Path) -> bool:
+    """Whether `pid` is a Prefect server that keeps its database under `home`, or where the user's environment says."""
+    kept = os.environ.get("PREFECT_HOME", str(home.resolve()))
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        settings = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return ""
+        return False
+    return SERVER.encode() in command and f"PREFECT_HOME={kept}".encode() in settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.config import Config
 from data.errors import UserError
@@ -28,6 +29,7 @@ class Node:
 
     @property
     def name(self) -> str:
+        """The stage's name: what the plan and `--only` call it."""
         return self.stage.name
 
 
@@ -101,4 +103,11 @@ def _encoder(recipe: Recipe, kind: str) -> str | InputRef:
     source = getattr(recipe, kind).pretrained
     if source is None:
         return kind
+    place = Path(source.removeprefix("file://")).expanduser()
+    if place.is_dir():
+        source = str(place.resolve())  # workers and later commands may stand in another folder
+    elif source.startswith((".", "/", "~", "file://")):
+        raise UserError(
+            f"{kind}.pretrained={source} does not exist: give the folder of a {kind} stage, or a hub name"
+        )
     return InputRef(stage=kind, folder=source, fingerprint=weights_digest(kind, source), external=True)

@@ -21,16 +21,23 @@ Watch = Callable[[str, float, float, str, str], None]
 WATCH: ContextVar[Watch] = ContextVar("darkroom_watch", default=lambda *_: None)
 """Where progress of the flow's stages goes; no flow parameter, since a scheduled run has no terminal."""
 
+FAILURES: ContextVar[list[Exception]] = ContextVar("darkroom_failures")
+"""What stages raised, in order; Prefect's own troubles may hide it from the flow's caller."""
+
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
 def run_stage(stage: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Runs one stage to its snapshot; returns where it lies and how long it took."""
     watch = WATCH.get()
     watch(stage, -1, 0, "", "start")
-    snapshot = run_spec(
-        StageSpec.model_validate(spec),
-        lambda done, total, unit, note="": watch(stage, done, total, unit, note),
-    )
+    try:
+        snapshot = run_spec(
+            StageSpec.model_validate(spec),
+            lambda done, total, unit, note="": watch(stage, done, total, unit, note),
+        )
+    except Exception as error:
+        FAILURES.get([]).append(error)
+        raise
     watch(stage, -1, snapshot.seconds, "", "finish")
     return {"name": stage, "uri": snapshot.folder, "seconds": snapshot.seconds}
 

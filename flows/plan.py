@@ -34,6 +34,7 @@ class PlannedStage:
 
     @property
     def name(self) -> str:
+        """The stage's name."""
         return self.node.name
 
     def as_json(self) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class Plan:
 
     @property
     def pending(self) -> tuple[PlannedStage, ...]:
+        """The stages that would run, in order."""
         return tuple(stage for stage in self.stages if stage.status == "pending")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -58,6 +58,47 @@ def demo() -> Recipe:
         summary="a complete unCLIP system on 32 px shapes (or your own pictures) in minutes, no GPU, no network",
         source=SourceConfig(kind="shapes"),
         shard=ShardConfig(samples_per_shard=1000, image_size=32, encode_format="png"),
+        clip=ClipConfig(
+            vision_patch_size=8,
+            vision_width=64,
+            vision_layers=3,
+            text_layers=2,
+            context_length=24,
+            max_shift=0,
+            max_steps=1400,
+            batch_size=128,
+            learning_rate=1.5e-3,
+            warmup_steps=30,
+            ema_decay=0.99,
+        ),
+        vae=VaeConfig(
+            latent_channels=8,
+            block_out_channels=(16, 32, 64),
+            norm_num_groups=2,
+            l1_weight=0.0,
+            mse_weight=4.0,
+            kl_weight=1e-5,
+            max_steps=2200,
+            batch_size=16,
+            learning_rate=3e-3,
+            warmup_steps=40,
+            ema_decay=0.995,
+            precision="bf16",
+        ),
+        prior=PriorConfig(max_steps=500, batch_size=128, learning_rate=1e-3, ema_decay=0.99),
+        denoiser=DenoiserConfig(
+            block_out_channels=(64, 128),
+            attention_levels=(False, True),
+            logit_mean=1.0,
+            logit_std=1.3,
+            max_noise_level=250,
+            max_steps=1800,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_steps=50,
+            ema_decay=0.995,
+        ),
+        evaluate=EvaluationConfig(num_images=800, guidance_scale=2.0, num_inference_steps=20),
     )
 
 
@@ -126,19 +167,33 @@ def find(name: str) -> Recipe:
 
 
 def edited(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """`recipe` with each `PATH=VALUE` applied, typed by its own fields; raises UserError saying what would be valid."""
+    """`recipe` with every `PATH=VALUE` applied, typed by its own fields; raises UserError saying what would be valid.
+
+    The settings are checked together, so that two which only make sense as a pair may come in any order.
+    """
+    known = {path: field for path, field in paths().items() if path not in ("name", "summary")}
+    document = recipe.model_dump(mode="json")
+    given: dict[str, str] = {}
     for assignment in assignments:
-        path, separator, text = assignment.partition("=")
-        if not separator:
-            raise UserError(
-                f"--set {assignment!r} has no '=': write PATH=VALUE, such as denoiser.max_steps=500"
-            )
-        recipe = _assigned(recipe, path.strip(), text.strip())
-    return recipe
+        path, text = _parsed(assignment)
+        if path not in known:
+            raise _unknown(path, known)
+        *sections, leaf = path.split(".")
+        target = document
+        for section in sections:
+            target = target[section]
+        target[leaf] = _value(text, known[path].annotation)
+        given[path] = text
+    try:
+        return Recipe.model_validate(document) if given else recipe
+    except ValidationError as error:
+        raise _refusal(error, given, known) from error
 
 
 def with_data(recipe: Recipe, source: str) -> Recipe:
     """`recipe` on the user's own pairs at `source`: a local path is made absolute."""
+    if not source:
+        raise UserError("the source is empty: name a folder or a table of image-text pairs")
     path = source if "://" in source else str(Path(source).expanduser().resolve())
     return recipe.model_copy(
         update={"source": recipe.source.model_copy(update={"kind": "auto", "path": path})}
@@ -157,43 +212,53 @@ def paths(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _assigned(recipe: Recipe, path: str, text: str) -> Recipe:
-    known = {p: field for p, field in paths().items() if p not in ("name", "summary")}
-    if path not in known:
-        near = difflib.get_close_matches(path, known, 3, cutoff=0.5) or sorted(
-            p for p in known if p.startswith(path.split(".")[0] + ".")
-        )
-        hint = (
-            f"; did you mean {' or '.join(near[:3])}?"
-            if near
-            else "; its sections are " + ", ".join(sorted({p.split(".")[0] for p in known}))
-        )
-        raise UnknownPath(f"--set {path}: the recipe has no such path{hint}")
-    document = recipe.model_dump(mode="json")
-    *sections, leaf = path.split(".")
-    target = document
-    for section in sections:
-        target = target[section]
-    target[leaf] = _value(text)
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        meaning = known[path].description or ""
-        raise UserError(
-            f"--set {path}={text}: {_sentence(first)}{f' ({meaning})' if meaning else ''}"
-        ) from error
+def _parsed(assignment: str) -> tuple[str, str]:
+    path, separator, text = (part.strip() for part in assignment.partition("="))
+    if not separator:
+        raise UserError(f"--set {assignment!r} has no '=': write PATH=VALUE, such as denoiser.max_steps=500")
+    if not text:
+        raise UserError(f"--set {path}= has no value: write PATH=VALUE, with null for none")
+    return path, text
 
 
-def _value(text: str) -> Any:
+def _unknown(path: str, known: Mapping[str, Any]) -> UnknownPath:
+    section = path.split(".")[0] + "."
+    near = difflib.get_close_matches(path, known, 3, cutoff=0.5) or [
+        p for p in known if p.startswith(section)
+    ]
+    hint = f"did you mean {' or '.join(near[:3])}?"
+    if not near:
+        hint = f"its sections are {', '.join(sorted({p.split('.')[0] for p in known if '.' in p}))}"
+    return UnknownPath(f"--set {path}: the recipe has no such path; {hint}")
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """What `text` stands for: null, JSON, numbers with commas between them as a list, or itself."""
     if text.lower() in ("none", "null"):
         return None
+    if str in (annotation, *get_args(annotation)):
+        return text
     try:
         return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return json.loads(f"[{text.strip('()').rstrip(',')}]") if "," in text else text
     except ValueError:
         return text
 
 
-def _sentence(error: Any) -> str:
-    message = error["msg"].removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+def _refusal(error: ValidationError, given: Mapping[str, str], known: Mapping[str, Any]) -> UserError:
+    """The sentence of the first problem, by the setting that it is about; a check of a whole section names all of its settings."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    about = [path for path in given if f"{place}.".startswith(f"{path}.")]
+    exact = bool(about)
+    about = about or [path for path in given if path.startswith(place)] or list(given)
+    settings = " ".join(f"--set {path}={given[path]}" for path in about)
+    message = first["msg"].removeprefix("Value error, ")
+    sentence = message[0].lower() + message[1:]
+    if first["type"] in ("tuple_type", "list_type"):
+        sentence += ", such as 64,128"
+    meaning = known[about[0]].description if exact else None
+    return UserError(f"{settings}: {sentence}{f' ({meaning})' if meaning else ''}")

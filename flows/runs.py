@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from data import storage
-from data.errors import UserError
-from flows import console, embedded_prefect
+from data.errors import CorruptArtifact, DarkroomError, StageFailed, UserError
+from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
 from stages.report import ReportConfig
@@ -26,6 +27,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     pending = [stage for stage in wanted if stage.status == "pending"]
     seconds: dict[str, float] = {}
     if pending:
+        weights.require(pending)
         seconds = _run(plan, pending, address=address, verbose=verbose)
     stages = [
         {
@@ -47,16 +49,22 @@ def find(root: str, name: str) -> dict[str, Any]:
     """The record of the run `name`, or of the latest; raises UserError naming the runs that there are."""
     if name == "latest" and storage.exists(storage.join(root, "latest")):
         name = storage.read_bytes(storage.join(root, "latest")).decode()
-    path = storage.join(root, name, RECORD)
-    if not storage.exists(path):
-        runs = [f for f in storage.list_folders(root) if storage.exists(storage.join(root, f, RECORD))]
+    runs_here = storage.list_folders(root)
+    path = storage.join(root, name, RECORD) if name in runs_here else None
+    if path is None or not storage.exists(path):
+        runs = [f for f in runs_here if storage.exists(storage.join(root, f, RECORD))]
         there = (
             f"there are {', '.join(runs)}"
             if runs
             else "it holds no finished run: `darkroom run demo` makes one"
         )
         raise UserError(f"there is no run {name!r} under {root}; {there}")
-    return json.loads(storage.read_bytes(path))
+    try:
+        return json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        raise CorruptArtifact(
+            f"{path} is no record of a run: remove it and run its recipe again, finished work is kept"
+        ) from error
 
 
 def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
@@ -89,30 +97,45 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
 
 
 def _run(plan: Plan, pending: Sequence[PlannedStage], *, address: str, verbose: bool) -> dict[str, float]:
-    home = storage.local_path(storage.join(plan.root, ".prefect")) if storage.is_local(plan.root) else None
-    from pathlib import Path
-
-    home = home or Path.home() / ".cache" / "darkroom" / "prefect"
+    is_local = storage.is_local(plan.root)
+    home = storage.local_path(plan.root) / ".prefect" if is_local else Path.home() / ".cache/darkroom/prefect"
     embedded_prefect.configure(home, verbose=verbose)
-    from flows.pipeline import WATCH, pipeline
+    from flows.pipeline import FAILURES, WATCH, pipeline
 
+    failures: list[Exception] = []
     with ExitStack() as stack:
         bars = stack.enter_context(console.Bars())
         stack.callback(embedded_prefect.stop, home)
-        token = WATCH.set(_watching(bars, home))
-        stack.callback(WATCH.reset, token)
+        stack.callback(WATCH.reset, WATCH.set(_watching(bars)))
+        stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
         rows = [stage.as_json() for stage in plan.stages]
-        results = pipeline(plan.run, specs, rows, address=address, verbose=verbose)
+        try:
+            embedded_prefect.start(home)
+            results = pipeline(plan.run, specs, rows, address=address, verbose=verbose)
+        except Exception as error:
+            if error in failures or isinstance(error, DarkroomError):
+                raise
+            if failures:  # Prefect failed over noting a stage's failure, as it does on a full disk
+                raise failures[0] from error
+            console.log.debug("the flow failed", exc_info=error)
+            raise StageFailed(_outside_stages(error)) from error
     return {result["name"]: result["seconds"] for result in results}
 
 
-def _watching(bars: console.Bars, home: Any) -> Any:
+def _outside_stages(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"the run could not be carried out ({type(error).__name__}: {line}); run the same command again, with --verbose "
+        "to see what Prefect and Ray say"
+    )
+
+
+def _watching(bars: console.Bars) -> Any:
     def watch(stage: str, done: float, total: float, unit: str, note: str) -> None:
         if done >= 0:
             bars.update(stage, done, total, unit, note)
         elif note == "start":
-            embedded_prefect.record(home)
             bars.start(stage)
         else:
             bars.finish(stage, total)

@@ -19,7 +19,9 @@ def main() -> int:
     """Exit code: 0 when the snapshot is there, 1 when the stage failed, 2 when the spec or its input is wrong."""
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     parser.add_argument("spec", help="path or URL of a StageSpec as JSON")
-    parser.add_argument("--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)")
+    parser.add_argument(
+        "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:

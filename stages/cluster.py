@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,12 +74,34 @@ def _attach(address: str, options: dict) -> None:
         raise UserError(
             f"--address {address}: job submission is not part of this version; use auto or HOST:PORT of a head"
         )
-    try:
-        ray.init(address=address, runtime_env=_runtime(), **options)
-    except ConnectionError as error:
+    head = _running_head() if address == "auto" else address
+    if head is None or not _answers(head):  # ray.init would try for minutes, or start a cluster of its own
         raise UserError(
             f"--address {address}: no Ray cluster answers there; start one with `ray start --head`, or use --address local"
+        )
+    try:
+        ray.init(address=head, runtime_env=_runtime(), **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"--address {address}: the Ray cluster at {head} refuses: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _running_head() -> str | None:
+    """What `auto` means to Ray: RAY_ADDRESS, or the cluster that `ray start` noted on this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return note.read_text().strip() if note.is_file() else None
+
+
+def _answers(head: str) -> bool:
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _runtime() -> dict:

@@ -12,7 +12,7 @@ from data import columns, storage
 from data.config import Config
 from data.images import decode
 from data.manifest import ShardRecord, Snapshot
-from data.shards import ShardReader
+from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
 from training.distributed import device

@@ -6,13 +6,14 @@ from; one that no longer matches is made anew. The worker count is no part of an
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data import manifest
-from data.errors import StageFailed, UserError
+from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
 from stages import cluster
 from stages.contract import FanoutConfig, Workspace
@@ -134,7 +135,7 @@ class _Pool:
         except RayTaskError as error:
             self.idle.append(actor)
             cause = error.cause
-            if isinstance(cause, UserError | OSError):
+            if isinstance(cause, UserError) or getattr(cause, "errno", None) in NO_PLACE_TO_WRITE:
                 raise cause from None  # no second attempt mends a wrong config or a full disk
             self._retry(task, f"{type(cause).__name__}: {cause}")
             return None
@@ -160,12 +161,12 @@ def _actor(config: FanoutConfig) -> Any:
 
 
 class _Worker:
-    """The actor's body: builds its work once, publishes a receipt per task."""
+    """The actor's body: builds its work at its first task, where an error reaches the driver as what it is."""
 
     def __init__(self, work: Callable[..., ShardWork], arguments: dict[str, Any]) -> None:
-        self.work = work(**arguments)
+        self.build = functools.cache(functools.partial(work, **arguments))
 
     def run(self, task: ShardTask, folder: str) -> ShardRecord:
-        record = self.work(task, folder)
+        record = self.build()(task, folder)
         manifest.publish_receipt(folder, record)
         return record

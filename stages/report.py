@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         interpolations=_interpolations(inputs["generate"]),
         lineage=_lineage(inputs),
         environment=_environment(),
-        config=config.config,
+        config=_without_folders(config.config),
     )
 
 
@@ -125,11 +126,13 @@ def _bytes(snapshot: Snapshot) -> int:
 
 
 def _summary(measured: dict[str, Any], inputs: Inputs) -> str:
-    values = {score["name"]: score for score in measured["scores"]}
+    values = {score["name"]: score["value"] for score in measured["scores"]}
     pairs = f"{inputs['data'].samples:,} image-text pairs"
-    if accuracy := values.get("prompt_accuracy"):
-        return f"From {pairs}, a system that draws {accuracy['value']:.0%} of unseen requests right in every attribute."
-    return f"From {pairs}, a text-to-image system with a CLIP score of {values['clip_score']['value']:.3f}."
+    if "prompt_accuracy" not in values:
+        return f"From {pairs}, a text-to-image system with a CLIP score of {values['clip_score']:.3f}."
+    heldout = values.get("prompt_accuracy_heldout")
+    unseen = f", and {heldout:.0%} of those for combinations that it never saw" if heldout is not None else ""
+    return f"From {pairs}, a system that gets {values['prompt_accuracy']:.0%} of prompts right in every attribute{unseen}."
 
 
 def _dataset(snapshot: Snapshot, data: ColumnSet) -> Dataset:
@@ -304,6 +307,17 @@ def _lineage(inputs: Inputs) -> tuple[Artifact, ...]:
             parents=tuple(dict.fromkeys(parent.stage for parent in snapshot.parents.values())),
         )
         for snapshot in inputs.values()
+    )
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with local paths cut to their last part: a page is passed around, its author's folders are not."""
+    source = config.get("source", {})
+    path = source.get("path")
+    return (
+        {**config, "source": {**source, "path": Path(path).name}}
+        if path and storage.is_local(path)
+        else config
     )
 
 

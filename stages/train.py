@@ -157,9 +157,8 @@ def _root_cause(error: BaseException) -> BaseException:
     inner = getattr(cause, "cause", None) or cause
     if isinstance(inner, DarkroomError | FloatingPointError | OSError):
         return inner
-    return StageFailed(
-        f"training failed: {type(inner).__name__}: {str(inner).strip().splitlines()[-1:] or ['']}"
-    )
+    lines = str(inner).strip().splitlines() or [""]
+    return StageFailed(f"training failed: {type(inner).__name__}: {lines[-1]}")
 
 
 class _Board:
@@ -207,7 +206,10 @@ def _worker(spec: dict[str, Any]) -> None:
     )
     facts = loop.publish(trainable, state, folder)
     if distributed.rank() == 0:
-        pq.write_table(pa.Table.from_pylist(state.curve or []), folder / "curve.parquet")
+        timeless = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in state.curve or []]
+        pq.write_table(
+            pa.Table.from_pylist(timeless), folder / "curve.parquet"
+        )  # its digest is part of what comes after
         facts = {
             **facts,
             "max_steps": config.max_steps,

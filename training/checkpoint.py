@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ log = logging.getLogger("darkroom.checkpoint")
 
 KEEP = 2
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_WHOLE_FLAT = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -46,24 +45,25 @@ class TrainState:
     ema: Ema
     clock: int = 0
     curve: list[dict[str, float]] | None = None
+    pending: list[float] = field(default_factory=list)
+    """Losses of the steps since the curve's last row, mean over ranks."""
 
 
 def save(folder: Path, state: TrainState, identity: str) -> None:
-    """Commits a checkpoint of `state` under `folder`; collective: every rank calls it, rank 0 writes."""
+    """Commits a checkpoint of `state` under `folder`; collective: every rank calls it, rank 0 writes.
+
+    Replaces one of the same step: `restore` would have taken it if it had been intact.
+    """
     target = folder / f"step_{state.clock:08d}"
     model = whole_weights(state.model)
-    optimizer = get_optimizer_state_dict(state.model, state.optimizer, options=_WHOLE_FLAT)
-    ema = {name: _whole(tensor) for name, tensor in state.ema.state_dict().items()}
-    if distributed.rank() == 0 and not target.exists():
-        tensors = {
-            "model": model,
-            "ema": ema,
-            "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)},
-        }
-        scalars = {k: v for k, v in optimizer.items() if not isinstance(v, Tensor)}
-        facts = {"identity": identity, "clock": state.clock, "curve": state.curve, "optimizer": scalars}
-        _write(target, tensors, facts)
-        _prune(folder)
+    optimizer = get_optimizer_state_dict(state.model, state.optimizer, options=_WHOLE)
+    ema = {name: distributed.whole(tensor).cpu() for name, tensor in state.ema.state_dict().items()}
+    if distributed.rank() == 0:
+        slots = {f"{name}/{slot}": v for name, held in optimizer["state"].items() for slot, v in held.items()}
+        tensors = {"model": model, "ema": ema, "optimizer": slots}
+        progress = {"clock": state.clock, "curve": state.curve, "pending": state.pending}
+        _write(target, tensors, {"identity": identity, **progress, "groups": optimizer["param_groups"]})
+        _prune(folder, target)
     distributed.barrier()
 
 
@@ -86,8 +86,10 @@ def restore(folder: Path, state: TrainState, identity: str) -> bool:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded, unwrapped state dict of `model` on the CPU of rank 0 (elsewhere possibly empty). Collective."""
-    return get_model_state_dict(model, options=_WHOLE)
+    """A copy of the unsharded, unwrapped state dict of `model` on the CPU of rank 0 (elsewhere possibly empty). Collective."""
+    weights = get_model_state_dict(model, options=_WHOLE)
+    # of one process on the CPU these are the parameters themselves, not copies
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
 def _write(target: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
@@ -95,15 +97,13 @@ def _write(target: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str,
     staging.mkdir(parents=True)
     try:
         for name, group in tensors.items():
-            save_file(
-                {k: v.detach().contiguous().clone() for k, v in group.items()},
-                staging / f"{name}.safetensors",
-            )
+            save_file({k: v.contiguous() for k, v in group.items()}, staging / f"{name}.safetensors")
         facts["sha256"] = {
             f"{name}.safetensors": _sha256(staging / f"{name}.safetensors") for name in tensors
         }
-        (staging / "state.json").write_text(json.dumps(facts))
+        (staging / "state.json").write_text(json.dumps({**facts, "digest": _digest(facts)}))
         _sync(staging)
+        shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -116,8 +116,10 @@ def _write(target: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str,
 def _verified(candidate: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads((candidate / "state.json").read_text())
+        if facts.pop("digest") != _digest(facts):
+            raise ValueError("state.json changed on disk")
         damaged = [name for name, digest in facts["sha256"].items() if _sha256(candidate / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("passing over damaged checkpoint %s: %s", candidate.name, error)
         return None
     if damaged:
@@ -130,22 +132,27 @@ def _verified(candidate: Path) -> dict[str, Any] | None:
 
 def _load(candidate: Path, state: TrainState, facts: dict[str, Any]) -> None:
     set_model_state_dict(state.model, load_file(candidate / "model.safetensors"), options=_WHOLE)
-    optimizer = {**facts["optimizer"], **load_file(candidate / "optimizer.safetensors")}
-    set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=_WHOLE_FLAT)
+    slots: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in load_file(candidate / "optimizer.safetensors").items():
+        name, _, slot = path.rpartition("/")
+        slots.setdefault(name, {})[slot] = tensor
+    optimizer = {"state": slots, "param_groups": facts["groups"]}
+    set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=_WHOLE)
     state.ema.load_state_dict(load_file(candidate / "ema.safetensors"))
-    state.clock, state.curve = facts["clock"], facts["curve"]
+    state.clock, state.curve, state.pending = facts["clock"], facts["curve"], facts["pending"]
 
 
-def _prune(folder: Path) -> None:
-    for old in sorted(folder.glob("step_*"))[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+def _prune(folder: Path, newest: Path) -> None:
+    steps = sorted(folder.glob("step_*"))
+    kept = [step for step in steps if step.name <= newest.name][-KEEP:]
+    for step in set(steps) - set(kept):  # what is newer than the newest was passed over as damaged
+        shutil.rmtree(step, ignore_errors=True)
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    full = getattr(tensor, "full_tensor", None)
-    return (full() if full else tensor).detach().cpu()
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -36,6 +36,12 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, detached, on every worker. Collective for a sharded one."""
+    full = getattr(tensor, "full_tensor", None)
+    return (full() if full else tensor).detach()
+
+
 def device() -> torch.device:
     """This worker's own device: its CUDA device where there is one, else the CPU."""
     if torch.cuda.is_available():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def train(
     state = build_state(trainable, config)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
-    window = Window(config, state.clock)
+    window = Window(config, state)
     for batch in batches(state.clock):
         if state.clock >= config.max_steps:
             break
@@ -71,6 +72,7 @@ def train(
             state.curve = [*(state.curve or []), row]
             report(Report(state.clock, config.max_steps, row["loss"], row["samples_per_second"]))
         if state.clock % config.checkpoint_every == 0 or state.clock == config.max_steps:
+            state.pending = window.look(state.clock)
             checkpoint.save(folder, state, identity)
     return state
 
@@ -81,7 +83,8 @@ def build_state(trainable: Trainable, config: TrainConfig) -> TrainState:
     model = trainable.build().to(distributed.device())
     model.train()
     model = distributed.distribute(model, fsdp=config.fsdp)
-    return TrainState(model, optim.build_optimizer(model, config), Ema(model, config.ema_decay))
+    ema = Ema(distributed.unwrap(model), config.ema_decay)  # names without DDP's prefix, whatever the world
+    return TrainState(model, optim.build_optimizer(model, config), ema)
 
 
 def step(
@@ -98,17 +101,17 @@ def step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.clock)
-    return loss.detach(), grad_norm.detach()
+    return loss.detach(), distributed.whole(grad_norm)
 
 
 class Window:
-    """The losses since the last look, kept on the device until the next one."""
+    """The losses since the curve's last row, kept on the device until someone looks; `state` brings those before a resume."""
 
-    def __init__(self, config: TrainConfig, start: int) -> None:
+    def __init__(self, config: TrainConfig, state: TrainState) -> None:
         self.config = config
-        self.losses: list[torch.Tensor] = []
+        self.losses = [torch.tensor(loss, device=distributed.device()) for loss in state.pending]
         self.grad_norm = torch.zeros(())
-        self.opened = (start, time.monotonic())
+        self.opened = (state.clock, time.monotonic())
 
     def is_due(self, clock: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
         """Takes one step's scalars; whether it is time to look at them."""
@@ -116,13 +119,28 @@ class Window:
         self.grad_norm = grad_norm
         return clock % LOG_EVERY == 0 or clock == self.config.max_steps
 
+    def look(self, clock: int) -> list[float]:
+        """The loss of each step of the window, mean over ranks. Collective.
+
+        Raises FloatingPointError naming the steps when a loss, or the newest gradient, is not finite.
+        """
+        if not self.losses:
+            return []
+        losses = distributed.mean_over_ranks(torch.stack(self.losses)).tolist()
+        norm, first = float(self.grad_norm), clock - len(losses) + 1
+        if bad := [(first + i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]:
+            problem = f"the loss is {bad[0][1]} at step {bad[0][0]}"
+        elif not math.isfinite(norm):
+            problem = f"the gradient's norm is {norm} at step {clock}"
+        else:
+            return losses
+        raise FloatingPointError(
+            f"{problem}, seen between steps {first} and {clock}: lower the learning rate or clip_grad_norm"
+        )
+
     def close(self, clock: int) -> dict[str, float]:
-        """The window's row of the training curve, mean over ranks; opens the next window."""
-        loss = float(distributed.mean_over_ranks(torch.stack(self.losses).mean()))
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} between steps {self.opened[0]} and {clock}: lower the learning rate or clip_grad_norm"
-            )
+        """The window's row of the training curve, mean over ranks; opens the next window. Raises as `look` does."""
+        loss = statistics.fmean(self.look(clock))
         first, since = self.opened
         seconds = max(time.monotonic() - since, 1e-9)
         self.losses, self.opened = [], (clock, time.monotonic())

@@ -24,7 +24,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of optimizer step `step` (from 0): linear warm-up, then cosine to 0 or constant."""
     warmup = min(config.warmup_steps, config.max_steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.learning_rate * ((step + 1) / warmup)
     if config.schedule == "constant":
         return config.learning_rate
     progress = (step - warmup) / max(1, config.max_steps - warmup)

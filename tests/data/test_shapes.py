@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from data import shapes
+from data import shape_judge, shapes
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -22,7 +22,9 @@ def read_lines(path: Path) -> list[dict]:
 def accuracy(spoil, seed: int = 0) -> float:
     """Share of all scenes, jittered and then spoilt, of which every attribute is recognised."""
     rng = np.random.default_rng(seed)
-    return float(np.mean([shapes.recognise(spoil(shapes.render(s, rng), rng)) == s for s in shapes.SCENES]))
+    return float(
+        np.mean([shape_judge.recognise(spoil(shapes.render(s, rng), rng)) == s for s in shapes.SCENES])
+    )
 
 
 def blurred(image: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
@@ -92,7 +94,7 @@ def test_the_judge_is_right_about_all_scenes(spoil, least):
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_an_empty_picture_matches_nothing_but_its_background(level):
-    seen = shapes.recognise(np.full((32, 32, 3), level, np.uint8))
+    seen = shape_judge.recognise(np.full((32, 32, 3), level, np.uint8))
     assert (seen.colour, seen.shape, seen.size, seen.position) == ("none",) * 4
     assert shapes.BACKGROUNDS[seen.background] == (level,) * 3
 
@@ -100,12 +102,12 @@ def test_an_empty_picture_matches_nothing_but_its_background(level):
 def test_pure_noise_is_judged_without_an_error():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        shapes.recognise(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        shape_judge.recognise(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
 def test_a_picture_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(64, 64, 3\)"):
-        shapes.recognise(np.zeros((64, 64, 3), np.uint8))
+        shape_judge.recognise(np.zeros((64, 64, 3), np.uint8))
 
 
 def test_matches_names_the_one_attribute_that_is_wrong():
@@ -119,7 +121,7 @@ def test_matches_names_the_one_attribute_that_is_wrong():
         "position": "left",
     }
     expected = {"colour": False, "shape": True, "size": True, "background": True, "position": True}
-    assert shapes.matches(image, truth) == expected
+    assert shape_judge.matches(image, truth) == expected
 
 
 def test_every_phrasing_states_all_five_attributes_and_tells_all_scenes_apart():
@@ -145,7 +147,7 @@ def test_the_folder_holds_every_seen_scene_and_no_held_out_one(folder):
     assert set(shown) == {s for s in shapes.SCENES if not shapes.is_heldout(s)}
     for row, scene in zip(rows[:100], shown, strict=False):
         with Image.open(folder / row["file_name"]) as image:
-            assert shapes.recognise(np.asarray(image)) == scene
+            assert shape_judge.recognise(np.asarray(image)) == scene
 
 
 def test_prompts_ask_for_held_out_scenes_one_time_in_four_at_every_length(folder):

@@ -26,8 +26,9 @@ from data import storage
 from data.errors import CorruptArtifact
 from data.images import decode
 from data.manifest import ShardRecord, keys_digest
-from data.shards import ShardConfig, ShardReader, TarWriter, sample_key, write_shard
+from data.shards import ShardConfig, sample_key, write_shard
 from data.sources import Row, SourceConfig, list_rows
+from data.tars import ShardReader, TarWriter
 
 CONFIG = ShardConfig(image_size=16, encode_format="png", samples_per_shard=100)
 

@@ -49,7 +49,9 @@ class MemoryColumns:
 
     def batch(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
         """What the loader yields; position i is sample i."""
-        fields: Batch = {name: torch.from_numpy(self.rows(name, indices)) for name in names if name != "caption"}
+        fields: Batch = {
+            name: torch.from_numpy(self.rows(name, indices)) for name in names if name != "caption"
+        }
         if "caption" in names:
             fields["caption"] = [self.captions[i] for i in indices]
         if "image" in names:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from training.encoders import ClipEncoder
 from training.randomness import Draws
 from training.systems import clip
-from training.systems.clip import ClipConfig, contrastive_loss, tokenized
+from training.systems.clip import ClipConfig, contrastive_loss, shifted, tokenized
 
 TINY = ClipConfig(
     embed_dim=8, image_size=16, vision_width=16, vision_layers=1, vision_heads=2, vision_patch_size=8,
@@ -45,6 +45,14 @@ def test_every_sample_has_a_loss_and_every_weight_a_gradient(columns):
     loss.mean().backward()
     assert loss.shape == (6,) and loss.dtype == torch.float32
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_moved_picture_repeats_its_edges():
+    picture = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    moved = shifted(picture, torch.tensor([[0, 0], [1, -2]]), 2)
+    assert torch.equal(moved[0], picture[0])
+    assert moved[1, 0].tolist() == [[2, 3, 3, 3], [2, 3, 3, 3], [6, 7, 7, 7], [10, 11, 11, 11]]
+    assert shifted(picture, torch.zeros(2, 2), 0) is picture
 
 
 def test_tokens_are_those_of_open_clips_tokenizer():
@@ -110,7 +118,11 @@ def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
 
 def _rank(rank: int, folder: str, image: torch.Tensor, text: torch.Tensor) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
     )
     mine = slice(4 * rank, 4 * rank + 4)
     local = image[mine].clone().requires_grad_()

@@ -51,7 +51,9 @@ def test_the_image_embedding_is_noised_as_in_diffusers_stable_unclip_pipeline(co
         StableUnCLIPImageNormalizer.from_pretrained(tmp_path / "image_normalizer", low_cpu_mem_usage=False),
     )
     object.__setattr__(
-        pipeline, "image_noising_scheduler", DDPMScheduler.from_pretrained(tmp_path / "image_noising_scheduler")
+        pipeline,
+        "image_noising_scheduler",
+        DDPMScheduler.from_pretrained(tmp_path / "image_noising_scheduler"),
     )
     embedding = torch.from_numpy(columns.arrays["img_emb"])
     noise = Draws(0, torch.arange(12)).normal("n", (8,))
@@ -108,7 +110,8 @@ def test_the_published_folder_is_loaded_by_diffusers(columns, tmp_path):
     x, hidden, labels = torch.ones(1, 2, 4, 4), torch.ones(1, 6, 8), torch.ones(1, 16)
     with torch.no_grad():
         torch.testing.assert_close(
-            loaded(x, 10, hidden, class_labels=labels).sample, model(x, 10, hidden, class_labels=labels).sample
+            loaded(x, 10, hidden, class_labels=labels).sample,
+            model(x, 10, hidden, class_labels=labels).sample,
         )
     scheduler = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "scheduler").config
     assert (scheduler.prediction_type, scheduler.use_flow_sigmas) == ("flow_prediction", True)

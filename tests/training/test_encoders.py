@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from data.errors import UserError
-from training.encoders import ClipEncoder, VaeEncoder, preprocessed, to_uint8, to_unit_range, weights_digest
+from training.encoders import ClipEncoder, VaeEncoder, weights_digest
+from training.pixels import preprocessed, to_uint8, to_unit_range
 
 CAPTIONS = ["a red circle", "on a white background, a large green star at the top", ""]
 PIXELS = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,10 @@ def write_clip(folder: Path, **preprocess) -> Path:
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1}
     model_cfg = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}
-    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], **preprocess}}
+    config = {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], **preprocess},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(open_clip.model.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
     return folder
@@ -73,7 +77,9 @@ def test_text_embeddings_are_open_clips_own_and_states_are_unpadded(clip_folder)
     torch.testing.assert_close(embeddings, expected, atol=1e-6, rtol=1e-5)
     assert [tuple(s.shape) for s in states] == [(5, 24), (14, 24), (2, 24)]
     projected = torch.stack([s[-1] for s in states]) @ model.text_projection
-    torch.testing.assert_close(torch.nn.functional.normalize(projected, dim=-1), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(projected, dim=-1), expected, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_an_overlong_caption_is_cut_and_still_ends_with_the_end_token(clip_folder):
@@ -107,7 +113,10 @@ def test_float_pixels_are_refused(clip_folder):
 
 
 def test_moments_and_pictures_are_the_vaes_own(vae_folder):
-    encoder, vae = VaeEncoder.load(str(vae_folder)), AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False)
+    encoder, vae = (
+        VaeEncoder.load(str(vae_folder)),
+        AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False),
+    )
     with torch.no_grad():
         posterior = vae.encode(PIXELS.float() / 127.5 - 1).latent_dist
         decoded = vae.decode(posterior.mean).sample

@@ -14,9 +14,9 @@ from training.randomness import Draws
 
 DRAWS = Draws(0, torch.arange(64))
 X0, NOISE = DRAWS.normal("x0", (3, 2)), DRAWS.normal("noise", (3, 2))
-ALL = [
-    Objective(p, s) for p, s in itertools.product(PREDICTION_TYPES, NOISE_SCHEDULES) if p != "flow"
-] + [Objective("flow")]
+ALL = [Objective(p, s) for p, s in itertools.product(PREDICTION_TYPES, NOISE_SCHEDULES) if p != "flow"] + [
+    Objective("flow")
+]
 
 
 def _inner_times(objective: Objective) -> torch.Tensor:
@@ -58,9 +58,7 @@ def test_v_is_the_angular_velocity_of_the_path():
     alpha, sigma = torch.cos(torch.tensor([0.4])), torch.sin(torch.tensor([0.4]))
     step = torch.tensor([1e-3])
     x0, noise = X0[:1], NOISE[:1]
-    ahead, behind = (
-        maths.noised(x0, noise, torch.cos(0.4 + s), torch.sin(0.4 + s)) for s in (step, -step)
-    )
+    ahead, behind = (maths.noised(x0, noise, torch.cos(0.4 + s), torch.sin(0.4 + s)) for s in (step, -step))
     torch.testing.assert_close(
         maths.v_target(x0, noise, alpha, sigma), (ahead - behind) / (2 * step), atol=1e-3, rtol=0
     )

@@ -43,7 +43,7 @@ def test_an_embeddings_entries_have_variance_one_in_the_networks_scale():
 
 def test_statistics_are_the_mean_and_spread_of_the_rows(columns):
     mean, std = widened_statistics(columns)
-    rows = columns.arrays["img_emb"] * np.sqrt(8)
+    rows = columns.arrays["img_emb"] * np.float32(np.sqrt(8))
     torch.testing.assert_close(mean, torch.from_numpy(rows.mean(0)))
     torch.testing.assert_close(std, torch.from_numpy(rows.std(0)))
 
@@ -61,7 +61,10 @@ def test_padding_is_zero_and_cuts_what_is_too_long():
 
 
 def test_each_sample_gets_one_of_two_values():
-    assert chosen(torch.tensor([True, False]), torch.zeros(1, 2), torch.ones(2, 2)).tolist() == [[0, 0], [1, 1]]
+    assert chosen(torch.tensor([True, False]), torch.zeros(1, 2), torch.ones(2, 2)).tolist() == [
+        [0, 0],
+        [1, 1],
+    ]
 
 
 def test_a_network_that_predicts_the_mean_has_the_loss_of_the_standardised_variance(columns):
@@ -83,7 +86,8 @@ def test_dropped_samples_see_the_empty_caption_and_nothing_of_their_own(columns)
     assert torch.equal(network.seen["encoder_hidden_states"][dropped][0, :2], empty)
     assert network.seen["encoder_hidden_states"][dropped][:, 2:].abs().max() == 0
     torch.testing.assert_close(
-        network.seen["proj_embedding"][dropped][0], widened(torch.from_numpy(columns.empty("text_emb"))[None])[0]
+        network.seen["proj_embedding"][dropped][0],
+        widened(torch.from_numpy(columns.empty("text_emb"))[None])[0],
     )
     kept = network.seen["encoder_hidden_states"][~dropped]
     assert torch.equal(kept, batch["text_hidden"][: len(kept)])
@@ -112,7 +116,9 @@ def test_the_length_of_a_text_embedding_drops_out(columns):
 def test_every_trained_weight_has_a_gradient_and_the_statistics_none(columns):
     trainable = prior.fit(TINY, columns)
     model = seeded(trainable)
-    trainable.loss(model, columns.batch(trainable.columns, range(6)), Draws(0, torch.arange(6))).mean().backward()
+    trainable.loss(
+        model, columns.batch(trainable.columns, range(6)), Draws(0, torch.arange(6))
+    ).mean().backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"clip_mean", "clip_std"}
 
 

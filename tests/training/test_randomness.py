@@ -15,9 +15,7 @@ MANY = Draws(3, torch.arange(20_000))
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**62), min_size=2, max_size=9), st.integers(1, 8)
-)
+@given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**62), min_size=2, max_size=9), st.integers(1, 8))
 def test_a_samples_numbers_do_not_depend_on_the_batch_it_comes_in(seed, index, cut):
     whole = Draws(seed, torch.tensor(index))
     parts = [Draws(seed, torch.tensor(p)) for p in (index[:cut], index[cut:]) if p]

@@ -70,7 +70,9 @@ def test_feeding_x0_takes_the_same_steps_as_a_pipeline_that_feeds_the_networks_o
     def network(x_t, timesteps):  # any smooth function of what a pipeline gives its U-Net
         return torch.tanh(x_t) + timesteps.view(-1, 1) / 1000
 
-    ours = sample(denoiser(network, objective), dpm_solver(objective, prediction_type="sample"), X_T[:50], steps)
+    ours = sample(
+        denoiser(network, objective), dpm_solver(objective, prediction_type="sample"), X_T[:50], steps
+    )
     scheduler = dpm_solver(objective)
     scheduler.set_timesteps(steps)
     theirs = X_T[:50] * scheduler.init_noise_sigma

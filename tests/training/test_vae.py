@@ -22,7 +22,10 @@ def seeded(trainable):
 
 
 def test_the_kl_divergence_is_that_of_two_gaussians():
-    mean, logvar = Draws(0, torch.arange(3)).normal("m", (2, 4)), Draws(0, torch.arange(3)).normal("v", (2, 4))
+    mean, logvar = (
+        Draws(0, torch.arange(3)).normal("m", (2, 4)),
+        Draws(0, torch.arange(3)).normal("v", (2, 4)),
+    )
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
     torch.testing.assert_close(kl_to_standard_normal(mean, logvar), expected.flatten(1).mean(1))
@@ -43,7 +46,9 @@ def test_weights_choose_the_parts_of_the_loss(columns):
     batch, draws = columns.batch(("image",), range(4)), Draws(0, torch.arange(4))
     model = seeded(vae.fit(TINY, columns))
     losses = [
-        vae.fit(TINY.model_copy(update={"l1_weight": a, "mse_weight": b, "kl_weight": c}), columns).loss(model, batch, draws)
+        vae.fit(TINY.model_copy(update={"l1_weight": a, "mse_weight": b, "kl_weight": c}), columns).loss(
+            model, batch, draws
+        )
         for a, b, c in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3))
     ]
     torch.testing.assert_close(losses[0] + 2 * losses[1] + 3 * losses[2], losses[3])
@@ -79,7 +84,10 @@ def test_publishing_leaves_the_model_in_training_mode(columns, tmp_path):
 
 def test_stable_diffusions_vae_builds_on_the_meta_device(columns):
     config = VaeConfig(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, mid_block_attention=True
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        mid_block_attention=True,
     )
     with torch.device("meta"):
         model = vae.fit(config, columns).build()

@@ -33,6 +33,9 @@ class Objective:
     noise_schedule: str = "squaredcos_cap_v2"
     """Of the variance-preserving path; the flow path has none."""
     zero_terminal_snr: bool = False
+    logit_mean: float = 0.0
+    """Of the flow path's logit-normal timesteps in training; above 0 for more noise. `logit_std` likewise."""
+    logit_std: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -63,7 +66,9 @@ class Objective:
 
     def timesteps(self, uniform: Tensor, normal: Tensor) -> Tensor:
         """t (B,) for training: logit-normal on the flow path (from `normal`), else whole and uniform (from `uniform`)."""
-        return logit_normal_timesteps(normal) if self.is_flow else uniform_timesteps(uniform)
+        if self.is_flow:
+            return logit_normal_timesteps(normal, self.logit_mean, self.logit_std)
+        return uniform_timesteps(uniform)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t (B, ...) at timesteps t."""

@@ -50,7 +50,11 @@ def ddim(objective: Objective) -> Any:
 
 @torch.no_grad()
 def sample(
-    denoise: Denoise, scheduler: Any, x_T: Tensor, num_inference_steps: int, **conditioning: Any  # noqa: N803
+    denoise: Denoise,
+    scheduler: Any,
+    x_T: Tensor,  # noqa: N803
+    num_inference_steps: int,
+    **conditioning: Any,
 ) -> Tensor:
     """x_0 (B, ...) float32 by `scheduler`, built for `prediction_type="sample"`, from the standard normal `x_T` (B, ...)."""
     if scheduler.config.prediction_type != "sample":

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from data import digits, shapes
+from data import digits, shape_judge
 from training.metrics.reconstruction import require_pictures
 
 Matches = Callable[[np.ndarray, dict[str, Any]], dict[str, bool]]
 """(image (H, W, 3) uint8, truth) -> whether each attribute of the truth is seen in the image."""
 
-RECOGNISERS: dict[str, Matches] = {"shapes": shapes.matches, "digits": digits.matches}
+RECOGNISERS: dict[str, Matches] = {"shapes": shape_judge.matches, "digits": digits.matches}
 """A truth's `kind` -> its recogniser: exact rules or a fixed classifier, never the model under test."""
 
 

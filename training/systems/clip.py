@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training.encoders import CLIP_CONFIG, CLIP_WEIGHTS, preprocessed
+from training.encoders import CLIP_CONFIG, CLIP_WEIGHTS
+from training.pixels import preprocessed
 from training.randomness import Draws
 from training.systems.system import Batch, Columns, TrainConfig
 
@@ -43,6 +44,12 @@ class ClipConfig(TrainConfig):
     text_heads: int = Field(4, ge=1, description="attention heads of the text transformer")
     context_length: int = Field(
         24, ge=4, le=77, description="most tokens of a caption, start and end included"
+    )
+
+    max_shift: int = Field(
+        2,
+        ge=0,
+        description="training pictures are moved by up to this many pixels each way, their edges repeated",
     )
 
     @model_validator(mode="after")
@@ -72,12 +79,16 @@ class Clip:
 
         return CLIP(**model_config(self.config))
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:  # noqa: ARG002
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Contrastive loss of each sample against the captions and pictures of all ranks: (B,) float32."""
         device = batch["image"].device
         tokens = tokenized(tuple(batch["caption"]), self.config.context_length).to(device)
-        image, text, scale = model(preprocessed(batch["image"], preprocess_config(self.config)), tokens)
+        moved = shifted(batch["image"], self._shifts(draws), self.config.max_shift)
+        image, text, scale = model(preprocessed(moved, preprocess_config(self.config)), tokens)
         return contrastive_loss(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
+
+    def _shifts(self, draws: Draws) -> Tensor:
+        return draws.integers("clip.shift", 2 * self.config.max_shift + 1, (2,)) - self.config.max_shift
 
     def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Writes open_clip's local-dir form; the facts are the sizes of what the encoder will write."""
@@ -110,6 +121,21 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     by_image = F.cross_entropy(scale * image @ texts.T, matching, reduction="none")
     by_text = F.cross_entropy(scale * text @ images.T, matching, reduction="none")
     return (by_image + by_text) / 2
+
+
+def shifted(pixels: Tensor, shifts: Tensor, max_shift: int) -> Tensor:
+    """Pictures (B, 3, H, W) moved down and right by `shifts` (B, 2) pixels in [-max_shift, max_shift], edges repeated.
+
+    Without it a small CLIP learns its few thousand pictures by heart instead of what shapes look like.
+    """
+    if max_shift == 0:
+        return pixels
+    batch, channels, height, width = pixels.shape
+    rows = (torch.arange(height, device=pixels.device) - shifts[:, :1]).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width, device=pixels.device) - shifts[:, 1:]).clamp(0, width - 1)  # (B, W)
+    which = torch.arange(batch, device=pixels.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=pixels.device).view(1, -1, 1, 1)
+    return pixels[which, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def model_config(config: ClipConfig) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class DenoiserConfig(TrainConfig):
     norm_num_groups: int = Field(
         16, ge=1, description="groups of the group norms; divides every channel count"
     )
+    time_scale_shift: bool = Field(
+        False,
+        description="time and image embedding scale features as well as shift them; learns sooner when tiny",
+    )
     prediction_type: str = Field(
         "flow", pattern="^(epsilon|sample|v_prediction|flow)$", description="what the network predicts"
     )
@@ -54,6 +58,11 @@ class DenoiserConfig(TrainConfig):
     zero_terminal_snr: bool = Field(
         False, description="rescale the schedule so that the last timestep is pure noise"
     )
+    logit_mean: float = Field(
+        0.0,
+        description="of the flow's logit-normal timesteps; small pictures settle their layout at more noise: raise it",
+    )
+    logit_std: float = Field(1.0, gt=0, description="of the flow's logit-normal timesteps")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="cap of the signal-to-noise weight; None: no weighting"
     )
@@ -87,7 +96,9 @@ class DenoiserConfig(TrainConfig):
 
     def objective(self) -> Objective:
         """What the network predicts, and on which path."""
-        return Objective(self.prediction_type, self.noise_schedule, self.zero_terminal_snr)
+        return Objective(
+            self.prediction_type, self.noise_schedule, self.zero_terminal_snr, self.logit_mean, self.logit_std
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ class Denoiser:
             norm_num_groups=self.config.norm_num_groups,
             cross_attention_dim=self.text_width,
             attention_head_dim=self.config.num_attention_heads,  # diffusers' U-Net reads a number of heads here
+            resnet_time_scale_shift="scale_shift" if self.config.time_scale_shift else "default",
             use_linear_projection=True,
             class_embed_type="projection",
             projection_class_embeddings_input_dim=2 * self.embed_dim,

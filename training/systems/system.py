@@ -36,14 +36,24 @@ class TrainConfig(Config):
     batch_size: int = Field(64, ge=1, description="samples per optimizer step, over all workers")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate of AdamW")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up to the peak")
-    schedule: str = Field("cosine", pattern="^(cosine|constant)$", description="after warm-up: cosine to 0, or constant")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none")
+    schedule: str = Field(
+        "cosine", pattern="^(cosine|constant)$", description="after warm-up: cosine to 0, or constant"
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none"
+    )
     clip_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the weights' moving average; 0 disables")
-    precision: str = Field("fp32", pattern="^(fp32|bf16)$", description="autocast dtype; weights and optimizer stay fp32")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay per step of the weights' moving average; 0 disables"
+    )
+    precision: str = Field(
+        "fp32", pattern="^(fp32|bf16)$", description="autocast dtype; weights and optimizer stay fp32"
+    )
     seed: int = Field(0, ge=0, description="seeds initial weights, sample order and every draw")
     num_workers: int = operational(1, ge=1, description="training workers, one device each")
-    fsdp: bool = operational(False, description="shard weights over the workers (FSDP2) instead of replicating them")
+    fsdp: bool = operational(
+        False, description="shard weights over the workers (FSDP2) instead of replicating them"
+    )
     checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
 
 

@@ -106,7 +106,8 @@ class Unclip:
             sampling.prior_guidance_scale,
             self._text_conditioning([""]),
         )
-        noise = draws.normal("prior.x_T", (candidates, self.clip.embed_dim)).flatten(0, 1)  # (B K, D)
+        each = [draws.normal(f"prior.x_T.{k}", (self.clip.embed_dim,)) for k in range(candidates)]
+        noise = torch.stack(each, 1).flatten(0, 1)  # (B K, D)
         scheduler = dpm_solver(prior_system.OBJECTIVE, prediction_type="sample")
         standardised = sample(denoise, scheduler, noise, sampling.prior_steps, **repeated)
         embeddings = F.normalize(self.prior.post_process_latents(standardised), dim=-1).view(

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data.errors import UserError
-from training.encoders import to_unit_range
+from training.pixels import to_unit_range
 from training.randomness import Draws
 from training.systems.embeddings import spread_indices
 from training.systems.system import Batch, Columns, TrainConfig

@@ -1,0 +1,65 @@
+"""Real command lines on tiny settings, for the tests that run a whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+SHARED = CHECKOUT.parent / "shared" / "datasets"
+
+TINY = {
+    "source.count": 240,
+    "shard.samples_per_shard": 80,
+    "evaluate.num_images": 16,
+    "evaluate.num_inference_steps": 3,
+    "evaluate.prior_steps": 3,
+    "evaluate.reconstruction_images": 60,
+    **{f"{stage}.max_steps": 8 for stage in ("clip", "vae", "prior", "denoiser")},
+    **{f"{stage}.checkpoint_every": 2 for stage in ("clip", "vae", "prior", "denoiser")},
+    **{f"{stage}.batch_size": 16 for stage in ("clip", "vae", "prior", "denoiser")},
+}
+"""Everything that a demo does, at a size that takes seconds per stage."""
+
+
+def command(*arguments: str, root: Path, settings: dict[str, Any] | None = None) -> list[str]:
+    """The command line of `darkroom *arguments`, with `settings` as `--set` options."""
+    options = [f"--set={path}={value}" for path, value in (settings or {}).items()]
+    return [sys.executable, "-m", "flows.cli", *arguments, f"--root={root}", *options]
+
+
+def environment() -> dict[str, str]:
+    """The environment that a shell in the checkout would give."""
+    return os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+
+
+Darkroom = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def darkroom() -> Darkroom:
+    """Runs `darkroom` to its end: (*arguments, root=…, settings=…) -> the finished process, with its output."""
+
+    def run(
+        *arguments: str, root: Path, settings: dict[str, Any] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        line = command(*arguments, root=root, settings=settings)
+        return subprocess.run(
+            line, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=550
+        )
+
+    return run
+
+
+def result(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON line on stdout of a command that succeeded."""
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("\n") == 1, "with --json nothing else goes to stdout"
+    return json.loads(finished.stdout)

@@ -1,0 +1,180 @@
+"""The lease: one builder per artifact at a time, and no dead one in the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from data import lease as leases
+from data import storage
+from data.lease import EXPIRY_SECONDS, Owner, lease
+
+CHECKOUT = Path(__file__).parents[2]
+
+HOLDER = """
+import sys
+from data.lease import lease
+with lease(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+WORKER = """
+import os, sys, time
+from data import lease as leases
+leases.POLL_SECONDS = 0.01
+marks = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+for turn in range(6):
+    with leases.lease(sys.argv[1]):
+        os.write(marks, f"start {os.getpid()}\\n".encode())
+        time.sleep(0.005)
+        if sys.argv[3] == "dies" and turn == 2:
+            os.kill(os.getpid(), 9)
+        os.write(marks, f"stop {os.getpid()}\\n".encode())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "POLL_SECONDS", 0.05)
+
+
+def _child(script: str, *arguments: object) -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(line, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _holder(stack: ExitStack, folder: Path) -> tuple[subprocess.Popen[str], IO[str]]:
+    """A process that holds the lease of `folder` until its stdin is closed, and that stdin."""
+    child = stack.enter_context(_child(HOLDER, folder))
+    stack.callback(child.kill)
+    assert child.stdin and child.stdout and child.stdout.readline() == "held\n"
+    return child, child.stdin
+
+
+def _written(folder: Path, **change: object) -> Path:
+    """A lease file whose owner is this process, but for `change`."""
+    path = folder / "_meta" / "lease.json"
+    owner = leases._me("earlier").model_copy(update=change)
+    storage.write_bytes(str(path), owner.model_dump_json().encode())
+    return path
+
+
+def _seconds_to_enter(held: AbstractContextManager[None]) -> float:
+    started = time.monotonic()
+    with held:
+        return time.monotonic() - started
+
+
+def test_a_lease_is_held_inside_the_block_and_gone_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "_meta" / "lease.json"
+    with lease(str(tmp_path)):
+        owner = Owner.model_validate_json(path.read_text())
+        assert (owner.pid, owner.host) == (os.getpid(), socket.gethostname())
+    assert not path.exists()
+    with pytest.raises(KeyError), lease(str(tmp_path)):
+        raise KeyError
+    assert not path.exists()
+
+
+def test_a_second_process_waits_for_a_live_owner_and_is_told_once(tmp_path: Path) -> None:
+    told: list[Owner] = []
+    with ExitStack() as stack:
+        child, stdin = _holder(stack, tmp_path)
+        released: list[float] = []
+
+        def release() -> None:
+            released.append(time.monotonic())
+            stdin.close()
+
+        timer = threading.Timer(0.5, release)
+        timer.start()
+        with lease(str(tmp_path), waiting=told.append):
+            assert released and time.monotonic() > released[0]
+        timer.join()
+        assert [owner.pid for owner in told] == [child.pid]
+
+
+def test_a_killed_owner_is_succeeded_at_once(tmp_path: Path) -> None:
+    told: list[Owner] = []
+    with ExitStack() as stack:
+        child, _ = _holder(stack, tmp_path)
+        child.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie: ended, and not yet reaped
+        assert _seconds_to_enter(lease(str(tmp_path), waiting=told.append)) < 0.5
+    assert told == []
+
+
+def test_another_process_with_the_owners_number_is_not_the_owner(tmp_path: Path) -> None:
+    _written(tmp_path, born="1")
+    assert _seconds_to_enter(lease(str(tmp_path))) < 0.5
+
+
+def test_an_owner_on_another_host_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    told: list[Owner] = []
+    _written(tmp_path, host="another", beat=time.time() - EXPIRY_SECONDS + 1.0)
+    assert 0.5 < _seconds_to_enter(lease(str(tmp_path), waiting=told.append)) < 5
+    assert len(told) == 1
+    _written(tmp_path, host="another", beat=time.time() - EXPIRY_SECONDS - 1)
+    assert _seconds_to_enter(lease(str(tmp_path))) < 0.5
+
+
+def test_a_host_that_cannot_tell_when_processes_began_goes_by_heartbeats(tmp_path: Path) -> None:
+    _written(tmp_path, born="", pid=2**22 + 1, beat=time.time() - EXPIRY_SECONDS - 1)
+    assert _seconds_to_enter(lease(str(tmp_path))) < 0.5
+
+
+def test_an_unreadable_lease_holds_nobody_up(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "_meta" / "lease.json"), b"{")
+    assert _seconds_to_enter(lease(str(tmp_path))) < 0.5
+
+
+def test_the_heart_beats_and_an_owner_that_was_succeeded_takes_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
+    path = tmp_path / "_meta" / "lease.json"
+    with lease(str(tmp_path)):
+        first = Owner.model_validate_json(path.read_text())
+        time.sleep(0.3)
+        second = Owner.model_validate_json(path.read_text())
+        assert second.token == first.token and second.beat > first.beat
+        with leases._alone(path):
+            _written(tmp_path, token="successor")
+        time.sleep(0.3)
+    assert Owner.model_validate_json(path.read_text()).token == "successor"
+
+
+def test_an_object_store_has_no_lease() -> None:
+    with lease("memory://store/key"), lease("memory://store/key"):
+        assert not storage.exists("memory://store/key/_meta/lease.json")
+
+
+@pytest.mark.slow
+def test_eight_processes_some_of_which_are_killed_never_overlap(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    fates = ["dies" if i % 2 else "lives" for i in range(8)]
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child(WORKER, tmp_path / "key", marks, fate)) for fate in fates]
+        for child in children:
+            stack.callback(child.kill)
+        codes = [child.wait(timeout=120) for child in children]
+    assert codes == [-signal.SIGKILL if fate == "dies" else 0 for fate in fates]
+    lines = [line.split() for line in marks.read_text().splitlines()]
+    starts = [i for i, (mark, _) in enumerate(lines) if mark == "start"]
+    assert len(starts) == 4 * 6 + 4 * 3
+    for at, until in zip(starts, [*starts[1:], len(lines)], strict=True):
+        assert lines[at + 1 : until] in ([["stop", lines[at][1]]], []), "another one started before the stop"
+    dead = {str(child.pid) for child, fate in zip(children, fates, strict=True) if fate == "dies"}
+    unstopped = [lines[at][1] for at in starts if ["stop", lines[at][1]] != [*lines, []][at + 1]]
+    assert sorted(unstopped) == sorted(dead), "only who was killed inside the block did not stop"

@@ -1,0 +1,101 @@
+"""A recipe as a graph: which stages, in which order, and what a missing column does."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from data.errors import UserError
+from flows.graph import check_columns, prepare_nodes, unclip_nodes
+from flows.recipes import demo, edited, prepare, unclip, with_data
+from stages.contract import InputRef
+
+STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "generate", "evaluate", "report"]
+
+
+def names(*assignments: str) -> list[str]:
+    return [node.name for node in unclip_nodes(edited(demo(), assignments))]
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_the_main_recipe_has_its_stages_by_name_and_in_order():
+    assert names() == STAGES
+
+
+def test_a_pretrained_encoder_takes_its_training_stages_place():
+    assert names("clip.pretrained=ViT-L-14/openai") == [s for s in STAGES if s != "clip"]
+    assert names("vae.pretrained=some/vae") == [s for s in STAGES if s != "vae"]
+    assert names("clip.pretrained=ViT-L-14/openai", "vae.pretrained=some/vae") == [
+        s for s in STAGES if s not in ("clip", "vae")
+    ]
+
+
+def test_a_pretrained_folder_is_an_input_from_elsewhere_known_by_its_content(clip_folder, monkeypatch):
+    def embed(source: str) -> InputRef:
+        nodes = unclip_nodes(edited(demo(), [f"clip.pretrained={source}"]))
+        return next(node for node in nodes if node.name == "embed").inputs["clip"]
+
+    monkeypatch.chdir(clip_folder.parent)
+    ref = embed("clip")
+    assert ref == embed(str(clip_folder)) == embed("./clip") == embed(f"file://{clip_folder}")
+    assert ref.external and ref.folder == str(clip_folder), "workers may stand in another folder"
+    (clip_folder / "open_clip_model.safetensors").write_bytes(b"other weights")
+    assert embed("clip").fingerprint != ref.fingerprint
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/no/where", "~/nowhere-at-all", "file:///no/where"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(source):
+    with pytest.raises(UserError, match="does not exist"):
+        names(f"vae.pretrained={source}")
+
+
+def test_an_incomplete_folder_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match=r"has no open_clip_config\.json"):
+        names(f"clip.pretrained={tmp_path}")
+
+
+def test_the_seed_of_a_recipe_moves_every_trained_stage_and_generation():
+    plain, moved = (unclip_nodes(edited(demo(), [f"seed={seed}"])) for seed in (0, 5))
+    changed = [a.name for a, b in zip(plain, moved, strict=True) if a.config != b.config]
+    assert changed == ["clip", "vae", "prior", "denoiser", "generate"]
+
+
+def test_a_column_that_no_earlier_stage_writes_is_refused():
+    nodes = unclip_nodes(demo())
+    check_columns(nodes)
+    with pytest.raises(
+        UserError, match="stage prior reads img_emb, text_emb, text_hidden, which no earlier stage writes"
+    ):
+        check_columns([node for node in nodes if node.name != "embed"])
+
+
+def test_preparing_makes_a_column_for_each_encoder_given(clip_folder, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+
+    def prepared(*assignments: str) -> list[str]:
+        recipe = with_data(edited(prepare(), assignments), str(tmp_path))
+        return [node.name for node in prepare_nodes(recipe)]
+
+    assert prepared() == ["shard"]
+    assert prepared(f"clip.pretrained={clip_folder}") == ["shard", "embed"]
+    assert prepared("vae.pretrained=some/vae") == ["shard", "encode"]
+
+
+def test_planning_with_hub_names_asks_no_network(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("planning opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    (tmp_path / "picture.png").write_bytes(b"")
+    nodes = unclip_nodes(with_data(unclip(), str(tmp_path)))
+    assert [node.name for node in nodes] == [s for s in STAGES if s not in ("clip", "vae")]

@@ -1,0 +1,166 @@
+"""Shards over real Ray actors: every shard once, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.errors import StageFailed, UserError
+from data.manifest import FileRecord, ShardRecord, keys_digest
+from stages.cluster import cluster
+from stages.contract import FanoutConfig, Workspace
+from stages.fanout import ShardTask, finished, map_shards
+
+pytestmark = pytest.mark.slow
+
+
+class Working:
+    """Writes one file per shard, leaves a mark per call, and misbehaves on request."""
+
+    def __init__(self, marks: str, seconds: float = 0.0) -> None:
+        self.marks, self.seconds = Path(marks), seconds
+
+    def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
+        calls = len(list(self.marks.glob(f"{task.index}-*")))
+        (self.marks / f"{task.index}-{os.getpid()}-{time.time_ns()}").touch()
+        if task.payload == "die always" or (task.payload == "die once" and not calls):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.payload == "user error":
+            raise UserError("this config cannot work: use another")
+        if task.payload == "fail":
+            raise RuntimeError("a defect")
+        time.sleep(self.seconds)
+        Path(folder, f"{task.index}.txt").write_text(str(task.payload))
+        files = (FileRecord(path=f"{task.index}.txt", bytes=1, sha256="0" * 64),)
+        return ShardRecord(
+            index=task.index, samples=1, keys=keys_digest([]), files=files, parents=dict(task.parents)
+        )
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with cluster("local"):
+        yield
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[Workspace, dict[str, str]]:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "marks").mkdir()
+    fanout = FanoutConfig(num_workers=2, max_attempts=2)
+    return Workspace(str(tmp_path / "out"), "f" * 12, fanout), {"marks": str(tmp_path / "marks")}
+
+
+def calls(arguments: dict[str, str]) -> list[int]:
+    return sorted(int(mark.name.split("-")[0]) for mark in Path(arguments["marks"]).iterdir())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_shard_is_made_once_in_index_order_and_a_second_call_makes_none(place):
+    workspace, arguments = place
+    tasks = [ShardTask(index, f"shard {index}") for index in range(7)]
+    records = map_shards(Working, arguments, tasks, workspace)
+    assert [record.index for record in records] == list(range(7))
+    assert map_shards(Working, arguments, tasks, workspace) == records
+    assert calls(arguments) == list(range(7))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shard_whose_worker_is_killed_is_tried_again_by_a_new_one(place):
+    workspace, arguments = place
+    tasks = [ShardTask(0, "fine"), ShardTask(1, "die once"), ShardTask(2, "fine")]
+    assert len(map_shards(Working, arguments, tasks, workspace)) == 3
+    assert calls(arguments) == [0, 1, 1, 2]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_poison_shard_is_quarantined_by_name_after_its_attempts_and_the_others_are_finished(place):
+    workspace, arguments = place
+    tasks = [ShardTask(0, "die always"), *(ShardTask(index, "fine") for index in range(1, 5))]
+    with pytest.raises(
+        StageFailed, match=r"1 of 5 shards failed; shard 00000: its worker died .* 2 attempts"
+    ):
+        map_shards(Working, arguments, tasks, workspace)
+    assert sorted(finished(tasks, workspace.folder)) == [1, 2, 3, 4]
+    assert calls(arguments).count(0) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_exception_names_its_shard_and_a_users_mistake_is_raised_as_it_is(place):
+    workspace, arguments = place
+    with pytest.raises(StageFailed, match="shard 00000: RuntimeError: a defect, 2 attempts"):
+        map_shards(Working, arguments, [ShardTask(0, "fail")], workspace)
+    with pytest.raises(UserError, match="use another"):
+        map_shards(Working, arguments, [ShardTask(1, "user error")], workspace)
+    assert calls(arguments) == [0, 0, 1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_receipt_made_from_other_parents_is_stale_and_its_shard_is_made_anew(place):
+    workspace, arguments = place
+    map_shards(
+        Working,
+        arguments,
+        [ShardTask(0, "old", {"data": "a"}), ShardTask(1, "kept", {"data": "a"})],
+        workspace,
+    )
+    map_shards(
+        Working,
+        arguments,
+        [ShardTask(0, "new", {"data": "b"}), ShardTask(1, "kept", {"data": "a"})],
+        workspace,
+    )
+    assert Path(workspace.folder, "0.txt").read_text() == "new"
+    assert calls(arguments) == [0, 0, 1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_shard_for_too_long_is_a_failure_and_not_a_hang(place):
+    workspace, arguments = place
+    impatient = Workspace(
+        workspace.folder, workspace.fingerprint, FanoutConfig(num_workers=1, stall_seconds=1)
+    )
+    with pytest.raises(StageFailed, match="no shard finished for 1 s"):
+        map_shards(Working, {**arguments, "seconds": 60.0}, [ShardTask(0, "slow")], impatient)
+
+
+DRIVER = """
+import sys
+from stages.cluster import cluster
+from stages.contract import FanoutConfig, Workspace
+from stages.fanout import ShardTask, map_shards
+from test_fanout import Working
+
+folder, marks = sys.argv[1:]
+with cluster("local"):
+    tasks = [ShardTask(index, f"shard {index}") for index in range(12)]
+    map_shards(Working, {"marks": marks, "seconds": 0.3}, tasks, Workspace(folder, "f" * 12, FanoutConfig(num_workers=2)))
+"""
+
+
+def test_after_a_sigkill_of_the_whole_process_group_a_rerun_makes_only_what_has_no_receipt(tmp_path):
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    out.mkdir()
+    marks.mkdir()
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here}"}
+    command = [sys.executable, "-c", DRIVER, str(out), str(marks)]
+    receipts = out / "_meta" / "receipts"
+    with subprocess.Popen(command, env=environment, start_new_session=True) as first:
+        deadline = time.monotonic() + 120
+        while len(list(receipts.glob("*.json"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGKILL)
+    time.sleep(2.0)  # Ray's workers notice the death of their raylet on their own
+    kept = {path.name: path.stat().st_mtime_ns for path in receipts.glob("0*.json")}
+    assert 3 <= len(kept) < 12
+    subprocess.run(command, env=environment, check=True, timeout=180)
+    assert len(list(receipts.glob("0*.json"))) == 12
+    assert all((receipts / name).stat().st_mtime_ns == written for name, written in kept.items())
+    assert not list(out.rglob(".tmp-*"))

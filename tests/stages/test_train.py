@@ -1,0 +1,123 @@
+"""What a training stage refuses before it starts, and that it survives the death of its worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import sources
+from data.errors import UserError
+from data.manifest import Snapshot, publish_snapshot
+from data.shards import ShardConfig, write_shard
+from data.sources import SourceConfig
+from stages.cluster import cluster, num_cpus
+from stages.contract import Workspace
+from stages.train import STAGES, run
+from training.systems.vae import VaeConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster():
+    with cluster("local"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Snapshot:
+    """One shard of 24 noisy pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"noise {i}")
+    rows = sources.list_rows(SourceConfig(path=str(folder)))
+    out = str(tmp_path_factory.mktemp("shards"))
+    record = write_shard(rows, 0, out, ShardConfig(image_size=16, encode_format="png"))
+    snapshot = Snapshot(
+        stage="shard",
+        version=1,
+        fingerprint="d" * 12,
+        config={},
+        columns=("caption", "image"),
+        shards=(record,),
+    )
+    return publish_snapshot(out, snapshot)
+
+
+def tiny(**changes) -> VaeConfig:
+    return VaeConfig(
+        block_out_channels=(8, 8), norm_num_groups=4, **({"max_steps": 4, "batch_size": 6} | changes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_workers": 4}, "vae.batch_size=6 is not a multiple of vae.num_workers=4"),
+        ({"fsdp": True}, "vae.fsdp shards weights over workers and needs vae.num_workers of 2 or more"),
+        ({"num_workers": 6}, "vae.num_workers=6, but the cluster has 0 GPUs"),
+    ],
+)
+def test_an_impossible_request_is_refused_before_anything_starts(data, tmp_path, changes, sentence):
+    if num_cpus() >= 6 and changes.get("num_workers") == 6:
+        changes, sentence = (
+            {"num_workers": 600, "batch_size": 600},
+            "vae.num_workers=600, but the cluster has 0 GPUs",
+        )
+    with pytest.raises(UserError, match=sentence):
+        run("vae", tiny(**changes), {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
+    assert not (tmp_path / "vae").exists()
+
+
+def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpoint(data, tmp_path):
+    folder = tmp_path / "vae"
+    config = tiny(max_steps=400, checkpoint_every=20)
+    killer = threading.Thread(target=_kill_worker_at_first_checkpoint, args=(folder,))
+    killer.start()
+    snapshot = STAGES["vae"].run(config, {"data": data}, Workspace(str(folder), "f" * 12))
+    killer.join()
+    assert (tmp_path / "killed").exists() and snapshot.facts["max_steps"] == 400
+    assert {"config.json", "curve.parquet", "diffusion_pytorch_model.safetensors"} == {
+        f.path for f in snapshot.files
+    }
+
+
+def _kill_worker_at_first_checkpoint(folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in Path("/proc").iterdir():
+        if (
+            process.name.isdigit()
+            and b"RayTrainWorker" in _title(process)
+            and _is_descendant(int(process.name), os.getpid())
+        ):
+            os.kill(int(process.name), signal.SIGKILL)
+            (folder.parent / "killed").touch()
+
+
+def _title(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_descendant(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False
+    return False
