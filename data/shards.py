@@ -26,6 +26,7 @@ from pydantic import Field
 from data import captions, images, storage
 from data.captions import CaptionRules
 from data.columns import parquet_bytes, publish
+from data.config import operational
 from data.errors import SampleError
 from data.images import ImageRules, Prepared
 from data.manifest import FileRecord, Ledger, ShardRecord, keys_digest
@@ -61,8 +62,8 @@ class ShardConfig(ImageRules, CaptionRules):
     samples_per_shard: int = Field(
         default=10_000, ge=1, description="rows of the source per shard, whatever fails among them"
     )
-    max_failed_fraction: float = Field(
-        default=0.05,
+    max_failed_fraction: float = operational(
+        0.05,
         ge=0,
         le=1,
         description="the stage fails when a larger part of the dataset's rows failed (filtered ones do not count)",

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from data import storage
 from data.captions import is_utf8
-from data.config import Config, canonical_json, fingerprint
+from data.config import Config, canonical_json, fingerprint, operational
 from data.tables import Record, chosen_column, records_of, refuse, text_of
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -41,8 +41,9 @@ class SourceConfig(Config):
         default="auto",
         description="auto: folder or table, whichever lies at `path`; shapes and digits are built in and take no path",
     )
-    path: str | None = Field(
-        default=None, description="a folder, or a .csv, .tsv, .jsonl or .parquet file, on this machine"
+    path: str | None = operational(
+        None,
+        description="a folder, or a .csv, .tsv, .jsonl or .parquet file, on this machine; its content counts, not its place",
     )
     limit: int | None = Field(default=None, ge=1, description="take the first rows only")
     image_column: str | None = Field(

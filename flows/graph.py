@@ -35,6 +35,7 @@ class Node:
 
 def unclip_nodes(recipe: Recipe) -> list[Node]:
     """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place."""
+    _refuse_misfits(recipe)
     clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
     generation = recipe.evaluate.model_dump(include=set(GenerateConfig.model_fields))
     generation["seed"] += recipe.seed
@@ -97,6 +98,26 @@ def _shard(recipe: Recipe) -> Node:
 def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -> Node:
     config = getattr(recipe, name)
     return Node(STAGES[name], config.model_copy(update={"seed": config.seed + recipe.seed}), inputs)
+
+
+def _refuse_misfits(recipe: Recipe) -> None:
+    """Raises UserError for what a late stage would refuse after hours of work."""
+    clip, vae, shard, weights = recipe.clip, recipe.vae, recipe.shard, recipe.evaluate.inception
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    is_square = shard.resize in ("center_crop", "border")
+    if not vae.pretrained and (not is_square or shard.image_size % factor):
+        raise UserError(
+            f"shard.image_size={shard.image_size} with shard.resize={shard.resize}: a VAE of {factor}-fold reduction needs "
+            f"squares whose side is a multiple of {factor}; set shard.image_size or vae.block_out_channels"
+        )
+    if not clip.pretrained and clip.text_width != clip.embed_dim:
+        raise UserError(
+            f"clip.text_width={clip.text_width} and clip.embed_dim={clip.embed_dim}: the prior needs them equal; set both"
+        )
+    if weights and not Path(weights).is_file():
+        raise UserError(
+            f"evaluate.inception={weights} does not exist: give the file of Inception's weights, or null"
+        )
 
 
 def _encoder(recipe: Recipe, kind: str) -> str | InputRef:

@@ -32,8 +32,11 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
         spec.folder,
         waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
     ):
-        if (made := load_snapshot(spec.folder, spec.fingerprint)) is not None:
-            return made
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
+        made = load_snapshot(spec.folder, spec.fingerprint)
+        if made is not None and {r: p.digest for r, p in made.parents.items()} == {
+            r: s.digest for r, s in inputs.items()
+        }:
+            return made
         workspace = Workspace(spec.folder, spec.fingerprint, spec.fanout, progress)
         return stage.run(config, inputs, workspace)

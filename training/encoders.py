@@ -127,7 +127,7 @@ class VaeEncoder:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"no VAE can be loaded from {source!r} ({_first_line(error)}): give a diffusers folder, or on a machine "
+                f"no VAE can be loaded from {source!r}: give a diffusers folder, or on a machine "
                 f"with a network download {VAE_CONFIG} and diffusion_pytorch_model.safetensors of that hub repository into "
                 "one folder, copy it here and give its path"
             ) from error
@@ -212,7 +212,7 @@ def _clip_from_hub(source: str) -> nn.Module:
     except (RuntimeError, OSError) as error:
         repository = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", source).rstrip("/")
         raise UserError(
-            f"the weights of {source} cannot be downloaded ({_first_line(error)}): on a machine with a network download "
+            f"the weights of {source} cannot be downloaded: on a machine with a network download "
             f"{CLIP_CONFIG} and {CLIP_WEIGHTS} of the hub repository {repository} into one folder, copy it here and give "
             "its path"
         ) from error
@@ -245,7 +245,3 @@ def _text_tower(model: nn.Module) -> Any:
 def _require_uint8(pixels: Tensor) -> None:
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels are {pixels.dtype} {tuple(pixels.shape)}; encoders take uint8 (B, 3, H, W)")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -135,7 +135,7 @@ def test_recipes_lists_each_with_its_sentence(capsys):
     assert [line.split()[0] for line in lines] == ["demo", "unclip"]
 
 
-def test_a_path_with_brackets_is_printed_as_it_is(plan_of, publish, tmp_path, capsys):
+def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
     root = tmp_path / "[bold]x[/bold]"
     (root / "demo-1").mkdir(parents=True)
     (root / "demo-1" / "run.json").write_text(

@@ -53,7 +53,8 @@ def test_a_plan_cuts_no_word_and_fits(plan_of, publish, monkeypatch, width):
     assert "…" not in text
     for stage in plan.stages:
         assert f" {stage.name} " in text and stage.fingerprint in text
-    assert "denoiser.learning_rate changed" in " ".join(text.split())
+    for word in ("denoiser.learning_rate", "denoiser.weight_decay", "0.765", "0.0123"):
+        assert word in text
     assert plan.run in text and "5 of 10 stages to run, about 8:20 min" in text
 
 

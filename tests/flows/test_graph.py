@@ -58,6 +58,22 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(source):
         names(f"vae.pretrained={source}")
 
 
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("shard.image_size=33", "needs squares whose side is a multiple of"),
+        ("shard.resize=keep_ratio", "needs squares"),
+        ("clip.text_width=128", "the prior needs them equal"),
+        ("evaluate.inception=/no/where", "evaluate.inception=/no/where does not exist"),
+    ],
+)
+def test_what_a_late_stage_would_refuse_is_refused_at_once(assignment, sentence):
+    with pytest.raises(UserError, match=sentence):
+        names(assignment)
+    if assignment.startswith("shard"):
+        names(assignment, "vae.pretrained=some/vae")
+
+
 def test_an_incomplete_folder_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"has no open_clip_config\.json"):
         names(f"clip.pretrained={tmp_path}")

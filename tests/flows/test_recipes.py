@@ -136,7 +136,7 @@ def test_settings_that_need_each_other_come_in_any_order(order):
     pair = ["clip.image_size=30", "clip.vision_patch_size=5"]
     assert edited(PLAIN, pair[::order]).clip.image_size == 30
     with pytest.raises(
-        UserError, match="clip.image_size=30: image_size 30 is not a multiple of vision_patch_size 4"
+        UserError, match=r"clip\.image_size=30: image_size 30 is not a multiple of vision_patch_size 4"
     ):
         edited(PLAIN, pair[:1])
 

@@ -5,6 +5,7 @@ Legend: B batch, H W pixels, C latent channels, h w latent size.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from training.randomness import Draws
 from training.systems.embeddings import spread_indices
 from training.systems.system import Batch, Columns, TrainConfig
 
-SCALE_SAMPLES = 2048
-"""Pictures over which the latents' standard deviation is measured."""
+STATISTICS_SAMPLES = 2048
+"""Pictures over which the latents' mean and standard deviation are measured."""
 _LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -112,26 +113,28 @@ class Vae:
         return pixel_loss + self.config.kl_weight * kl_to_standard_normal(mean, logvar)
 
     def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
-        """Writes a diffusers VAE folder whose `scaling_factor` is 1 / std of the latents of the data."""
-        scaling_factor = 1 / self._latent_std(model)
-        model.vae.register_to_config(scaling_factor=scaling_factor)
-        model.vae.save_pretrained(folder, safe_serialization=True)
-        return {"scaling_factor": scaling_factor, "latent_shape": list(self.latent_shape())}
+        """Writes a diffusers VAE folder whose latents have mean 0 and standard deviation 1 per channel over the data."""
+        vae = copy.deepcopy(model.vae).eval()
+        standardise_latents(vae, *self._latent_statistics(vae))
+        vae.register_to_config(scaling_factor=1.0)
+        vae.save_pretrained(folder, safe_serialization=True)
+        return {"scaling_factor": 1.0, "latent_shape": list(self.latent_shape())}
 
     @torch.inference_mode()
-    def _latent_std(self, model: nn.Module, batch_size: int = 64) -> float:
-        indices = spread_indices(len(self.data), SCALE_SAMPLES)
-        device, was_training = next(model.parameters()).device, model.training
-        model.eval()
-        total = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares, posterior variance included
+    def _latent_statistics(self, vae: Any, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,) float64 of the latents of the data, the posterior's own variance included."""
+        indices = spread_indices(len(self.data), STATISTICS_SAMPLES)
+        moments = torch.zeros(
+            3, self.config.latent_channels, dtype=torch.float64
+        )  # count, sum, sum of squares
         for start in range(0, len(indices), batch_size):
             pixels = torch.from_numpy(self.data.rows("image", indices[start : start + batch_size]))
-            posterior = model.vae.encode(to_unit_range(pixels.permute(0, 3, 1, 2).to(device))).latent_dist
+            posterior = vae.encode(to_unit_range(pixels.permute(0, 3, 1, 2).to(vae.device))).latent_dist
             mean, variance = posterior.mean.double().cpu(), posterior.var.double().cpu()
-            total += torch.stack([torch.tensor(mean.numel()), mean.sum(), (mean.square() + variance).sum()])
-        model.train(was_training)
-        count, first, second = total.tolist()
-        return max(second / count - (first / count) ** 2, 1e-12) ** 0.5
+            terms = (torch.ones_like(mean), mean, mean.square() + variance)
+            moments += torch.stack([term.sum((0, 2, 3)) for term in terms])
+        count, first, second = moments
+        return first / count, (second / count - (first / count).square()).clamp(min=1e-12).sqrt()
 
 
 def fit(config: VaeConfig, columns: Columns) -> Vae:
@@ -150,3 +153,19 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """Mean over latent values of KL(N(mean, exp logvar) || N(0, 1)), (B,) (Kingma & Welling 2013, 1312.6114, appendix B)."""
     logvar = logvar.clamp(*_LOGVAR_RANGE)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def standardise_latents(vae: Any, mean: Tensor, std: Tensor) -> None:
+    """Changes the latents of `vae` to (z - mean) / std, both (C,), in place, and what it decodes them to not at all.
+
+    The 1x1 convolutions on both sides of the latent take the change up, so any reader of the weights gets it. Channels of
+    equal variance matter: at a given noise a diffusion model sees nothing of those much weaker than the rest.
+    """
+    channels, (encode, decode) = len(mean), (vae.quant_conv, vae.post_quant_conv)
+    mean, std = (statistic.to(encode.weight) for statistic in (mean, std))
+    encode.weight[:channels] /= std.view(-1, 1, 1, 1)
+    encode.bias[:channels].sub_(mean).div_(std)
+    encode.bias[channels:] -= 2 * std.log()
+    decode.bias += (decode.weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3))
+    decode.weight *= std.view(1, -1, 1, 1)
