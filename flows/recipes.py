@@ -109,7 +109,7 @@ def demo() -> Recipe:
             max_noise_level=250,
             max_steps=2200,
             batch_size=32,
-            learning_rate=1e-3,
+            learning_rate=1.2e-3,
             warmup_steps=50,
             ema_decay=0.995,
         ),

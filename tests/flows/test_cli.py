@@ -103,7 +103,7 @@ def test_check_is_exit_code_1_while_anything_is_pending(plan_of, publish, tmp_pa
 def test_a_changed_learning_rate_makes_the_denoiser_and_what_follows_pending(
     plan_of, publish, tmp_path, capsys
 ):
-    publish(plan_of("denoiser.learning_rate=2e-3").stages)
+    publish(plan_of().stages)
     assert (
         cli.main(["plan", "demo", "--json", f"--root={tmp_path}", "--set", "denoiser.learning_rate=1e-3"])
         == 0
@@ -111,7 +111,7 @@ def test_a_changed_learning_rate_makes_the_denoiser_and_what_follows_pending(
     stages = json.loads(capsys.readouterr().out)["stages"]
     pending = {stage["name"]: stage["reason"] for stage in stages if stage["status"] == "pending"}
     assert list(pending) == ["denoiser", "generate", "evaluate", "report"]
-    assert pending["denoiser"] == "denoiser.learning_rate changed (0.002 → 0.001)"
+    assert pending["denoiser"] == "denoiser.learning_rate changed (0.0012 → 0.001)"
 
 
 def test_a_run_with_nothing_to_do_says_so_and_starts_nothing(plan_of, publish, tmp_path, capsys):
