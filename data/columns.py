@@ -5,7 +5,6 @@ Legend: n samples of a shard; values (n, *shape) for arrays, (sum of row lengths
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import storage
+from data.checksums import checksum
 from data.errors import CorruptArtifact, ShardMismatch
-from data.manifest import FileRecord, ShardRecord
+from data.manifest import FileRecord, ShardRecord, recorded
 from data.schema import COLUMNS
 
 OFFSETS_DTYPE = "<i8"
@@ -41,7 +41,7 @@ class Ragged:
 def publish(folder: str, path: str, payload: bytes) -> FileRecord:
     """Writes `payload` at `path` under `folder` in one step and returns its record."""
     storage.write_bytes(storage.join(folder, path), payload)
-    return FileRecord(path=path, bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    return recorded(path, checksum(payload))
 
 
 def array_path(column: str, index: int) -> str:

@@ -6,6 +6,7 @@
     ├── SampleError          one sample cannot be used; counted by `reason`, never fatal alone
     ├── ShardMismatch        two columns that should describe the same samples do not
     ├── CorruptArtifact      bytes on disk differ from their recorded digest
+    ├── LeaseHeld            another run builds the same artifact for longer than this one waits
     └── StageFailed          a stage ended without a snapshot
 
 `UserError` is a `ValueError`, so that library callers need not know this tree.
@@ -57,6 +58,10 @@ class ShardMismatch(DarkroomError):
 
 class CorruptArtifact(DarkroomError):
     """A file whose bytes no longer match what its manifest recorded."""
+
+
+class LeaseHeld(DarkroomError):
+    """Another live run has been building the same artifact for longer than this one was told to wait."""
 
 
 class StageFailed(DarkroomError):

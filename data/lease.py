@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from data import storage
 from data.config import Config
+from data.errors import LeaseHeld
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
@@ -35,10 +37,12 @@ class Owner(Config):
 
 
 @contextmanager
-def lease(folder: str, *, waiting: Callable[[Owner], None] = lambda _: None) -> Iterator[None]:
+def lease(
+    folder: str, *, waiting: Callable[[Owner], None] = lambda _: None, patience: float = math.inf
+) -> Iterator[None]:
     """Holds the only lease on the artifact `folder` for the length of the block; waits while another live owner has it.
 
-    `waiting` is called once with the present owner before the wait. An owner whose process has ended on this machine, or
+    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. An owner whose process has ended on this machine, or
     whose heartbeat is older than a minute, is succeeded. Object stores have no lease yet: the block runs at once.
     """
     if not storage.is_local(folder):
@@ -47,7 +51,7 @@ def lease(folder: str, *, waiting: Callable[[Owner], None] = lambda _: None) -> 
     path = storage.local_path(folder) / "_meta" / "lease.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
-    _acquire(path, token, waiting)
+    _acquire(path, token, waiting, patience)
     stopped = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, token, stopped), daemon=True, name="darkroom-lease")
     beating.start()
@@ -61,12 +65,17 @@ def lease(folder: str, *, waiting: Callable[[Owner], None] = lambda _: None) -> 
                 path.unlink(missing_ok=True)
 
 
-def _acquire(path: Path, token: str, waiting: Callable[[Owner], None]) -> None:
-    told = False
+def _acquire(path: Path, token: str, waiting: Callable[[Owner], None], patience: float) -> None:
+    told, deadline = False, time.monotonic() + patience
     while holder := _take(path, token):
         if not told:
             waiting(holder)
             told = True
+        if time.monotonic() > deadline:
+            raise LeaseHeld(
+                f"process {holder.pid} on {holder.host} has been building {path.parent.parent} for all of the {patience:g} s "
+                "that this run waits (fanout.lease_seconds): wait for it, or end it, and run the same command again"
+            )
         time.sleep(POLL_SECONDS)
 
 

@@ -27,7 +27,7 @@ IMAGE_CACHE_BYTES = 512 << 20
 
 
 class ColumnSet:
-    """Random access to the columns of one dataset, over all its shards in order.
+    """Random access to the columns of one dataset, over all its shards in order; rows that `kept` leaves out do not count.
 
     Opening verifies that every two columns agree shard by shard on count and ordered keys; ShardMismatch names the files
     that do not. Raises UserError when a column is missing or there is no sample at all.
@@ -46,9 +46,12 @@ class ColumnSet:
         counts = [shard.samples for shard in counted[0].shards if shard.samples]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._opened: dict[tuple[str, int], Any] = {}
+        self._kept = self._kept_rows() if "kept" in self._owner else None
+        if self._kept is not None and not len(self._kept):
+            raise UserError("embed.min_clip_score leaves no sample: lower it")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Per-sample shape as batches hold it: (D,), (T, D) padded, (2C, h, w), (H, W, 3)."""
@@ -127,7 +130,12 @@ class ColumnSet:
     def _shard(self, column: str, index: int) -> ShardReader:
         return self._open(column, self._locate(index)[0])
 
+    def _kept_rows(self) -> np.ndarray:
+        """Positions (int64) among all rows of those that count."""
+        return np.flatnonzero(np.concatenate([self._open("kept", shard) for shard in self.shards]))
+
     def _locate(self, index: int) -> tuple[int, int]:
+        index = index if self._kept is None else self._kept[index]
         at = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.shards[at], int(index - self._starts[at])
 

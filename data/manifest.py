@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from data import storage
+from data.checksums import Checksum, checksum_of
 from data.config import Config, canonical_json
 from data.errors import CorruptArtifact
 
@@ -38,6 +39,13 @@ class Ledger(Config):
             failed=_add_counts(self.failed, other.failed),
         )
 
+    def __sub__(self, other: Ledger) -> Ledger:
+        return Ledger(
+            written=self.written - other.written,
+            filtered=_subtract_counts(self.filtered, other.filtered),
+            failed=_subtract_counts(self.failed, other.failed),
+        )
+
 
 class FileRecord(Config):
     """One file of an artifact, by its path relative to the artifact's folder."""
@@ -45,6 +53,10 @@ class FileRecord(Config):
     path: str
     bytes: int
     sha256: str
+    blocks: str = Field(
+        default="",
+        description="CRC-32 of each successive MiB, 8 hex digits each: tells where a file changed; empty: not known",
+    )
 
 
 class ShardRecord(Config):
@@ -61,7 +73,7 @@ class ShardRecord(Config):
     def digest(self) -> str:
         """Content identity: ordered keys and file digests."""
         return hashlib.sha256(
-            canonical_json([self.samples, self.keys, [f.model_dump() for f in self.files]])
+            canonical_json([self.samples, self.keys, [f.model_dump(exclude={"blocks"}) for f in self.files]])
         ).hexdigest()
 
     def file(self, prefix: str) -> FileRecord:
@@ -92,6 +104,9 @@ class Snapshot(Config):
     parents: dict[str, Parent] = {}
     shards: tuple[ShardRecord, ...] = ()
     files: tuple[FileRecord, ...] = ()
+    superseded: Ledger = Field(
+        Ledger(), description="rows in the shards' ledgers that later shards attempted anew: they count once"
+    )
     facts: dict[str, Any] = Field(
         {}, description="small measured facts that readers need: sizes, scales, scores"
     )
@@ -113,11 +128,8 @@ class Snapshot(Config):
 
     @property
     def ledger(self) -> Ledger:
-        """The sum of the shards' ledgers."""
-        total = Ledger()
-        for shard in self.shards:
-            total = total + shard.ledger
-        return total
+        """The sum of the shards' ledgers, each row of the source counted once."""
+        return sum((shard.ledger for shard in self.shards), Ledger()) - self.superseded
 
     def as_parent(self) -> Parent:
         """The link that a child records."""
@@ -126,8 +138,12 @@ class Snapshot(Config):
 
 def file_record(folder: str, path: str) -> FileRecord:
     """The record of the file that lies at `path` under the artifact `folder`; reads it once."""
-    size, digest = storage.sha256(storage.join(folder, path))
-    return FileRecord(path=path, bytes=size, sha256=digest)
+    return recorded(path, checksum_of(storage.join(folder, path)))
+
+
+def recorded(path: str, found: Checksum) -> FileRecord:
+    """The record of a file whose bytes have the checksum `found`."""
+    return FileRecord(path=path, bytes=found.bytes, sha256=found.sha256, blocks=found.blocks)
 
 
 def keys_digest(keys: Iterable[str]) -> str:
@@ -195,3 +211,9 @@ def _pretty(record: Config) -> bytes:
 
 def _add_counts(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
     return {reason: left.get(reason, 0) + right.get(reason, 0) for reason in sorted({*left, *right})}
+
+
+def _subtract_counts(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    counts = {reason: left.get(reason, 0) - right.get(reason, 0) for reason in sorted({*left, *right})}
+    assert min(counts.values(), default=0) >= 0, f"{right} is not part of {left}"
+    return {reason: count for reason, count in counts.items() if count}

@@ -65,6 +65,13 @@ COLUMNS: dict[str, Column] = {
             meaning="last hidden states of the text encoder (T, D) after its final norm, start to end token, unpadded",
         ),
         Column(
+            name="kept",
+            kind="array",
+            dtype="|b1",
+            shape=(),
+            meaning="whether the row's CLIP score reaches embed.min_clip_score; readers pass over the others",
+        ),
+        Column(
             name="vae_moments",
             kind="array",
             dtype="<f2",

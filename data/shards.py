@@ -7,33 +7,34 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import secrets
-import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from data import captions, images, storage
 from data.captions import CaptionRules
 from data.columns import parquet_bytes, publish
 from data.config import operational
+from data.duplicates import Repeat
 from data.errors import SampleError
 from data.images import ImageRules, Prepared
+from data.likeness import MAX_DISTANCE, payload_hash
 from data.manifest import FileRecord, Ledger, ShardRecord, keys_digest
-from data.sources import Row
-from data.tars import TarWriter
-
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+from data.originals import Originals
+from data.rows import Row
+from data.tars import ShardReader, TarWriter
+from data.web import FetchRules
 
 _COLUMNS = pa.schema(
     [
@@ -49,10 +50,12 @@ _COLUMNS = pa.schema(
         ("original_height", pa.int32()),
         ("exif", pa.string()),
         ("sha256", pa.string()),
+        ("phash", pa.string()),
         ("source_id", pa.string()),
     ]
 )
-"""`url` is the image's place as the source names it, `sha256` that of the original bytes, `error_class` the ledger's
+"""`url` is the image's place as the source names it, `sha256` that of the original bytes, `phash` the stored picture's
+perceptual hash where near-duplicates are looked for, `error_class` the ledger's
 reason; `status` is `success`, `failed_to_download` (no bytes were had), `failed_to_resize` or `filtered`."""
 
 
@@ -68,6 +71,17 @@ class ShardConfig(ImageRules, CaptionRules):
         le=1,
         description="the stage fails when a larger part of the dataset's rows failed (filtered ones do not count)",
     )
+    deduplicate: Literal["no", "exact", "near"] = Field(
+        default="no",
+        description="filter pictures that repeat an earlier one: exact, the same original bytes; near, also a like look",
+    )
+    near_distance: int = Field(
+        default=4,
+        ge=0,
+        le=MAX_DISTANCE,
+        description="bits of 64 by which the perceptual hashes of near-duplicates differ",
+    )
+    fetch: FetchRules = FetchRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +102,11 @@ def sample_key(index: int, row: int, samples_per_shard: int) -> str:
     return f"{index:05d}{row:0{width}d}"
 
 
-def attempt(row: Row, key: str, config: ShardConfig) -> Outcome:
-    """Reads, checks and prepares one row; whatever is wrong with the row is in the outcome, not raised."""
+def attempt(row: Row, key: str, config: ShardConfig, read: Callable[[Row], bytes]) -> Outcome:
+    """Checks, reads and prepares one row; whatever is wrong with the row is in the outcome, not raised.
+
+    `read` gives the original of a row whose caption was found good, or raises SampleError.
+    """
     fields = dict.fromkeys(_COLUMNS.names) | {
         "key": key,
         "url": row.source_id,
@@ -97,10 +114,8 @@ def attempt(row: Row, key: str, config: ShardConfig) -> Outcome:
         "source_id": row.source_id,
     }
     try:
-        if row.defect is not None:
-            raise SampleError(*row.defect)
-        fields["caption"] = captions.clean(row.caption, config)
-        payload = _read_image(row.image, config.max_bytes)
+        fields["caption"] = _caption(row, config)
+        payload = read(row)
         fields["sha256"] = hashlib.sha256(payload).hexdigest()
         image = images.prepare(payload, config)
     except SampleError as error:
@@ -109,6 +124,8 @@ def attempt(row: Row, key: str, config: ShardConfig) -> Outcome:
         return Outcome(fields | {"status": status, "error_class": error.reason, "error_message": str(error)})
     fields |= {"status": "success", "width": image.width, "height": image.height, "exif": image.exif}
     fields |= {"original_width": image.original_width, "original_height": image.original_height}
+    if config.deduplicate == "near":
+        fields["phash"] = payload_hash(image.payload)
     return Outcome(fields, image)
 
 
@@ -121,19 +138,63 @@ def write_shard(rows: Sequence[Row], index: int, folder: str, config: ShardConfi
     assert len(rows) <= config.samples_per_shard, f"shard {index} was given {len(rows)} rows"
     lines: list[dict[str, Any]] = []
     with _scratch_file(folder, f"{index:05d}.tar") as scratch:
-        with scratch.open("wb") as stream:
+        with scratch.open("wb") as stream, closing(_outcomes(rows, index, config)) as outcomes:
             tar = TarWriter(stream)
-            for number, row in enumerate(rows):
-                outcome = attempt(row, sample_key(index, number, config.samples_per_shard), config)
+            for outcome in outcomes:
                 lines.append(outcome.fields)
                 if outcome.image is not None:
                     _add_sample(tar, outcome.fields, outcome.image)
             tar.finish()
-        keys = [line["key"] for line in lines if line["status"] == "success"]
-        files = _publish_tar(scratch, tar, folder, f"{index:05d}.tar") if keys else _remove_tar(folder, index)
+        any_written = any(line["status"] == "success" for line in lines)
+        name = f"{index:05d}.tar"
+        files = _publish_tar(scratch, tar, folder, name) if any_written else _remove_tar(folder, name)
+    return _record(folder, index, lines, files)
+
+
+def drop_repeats(folder: str, index: int, repeats: Sequence[Repeat]) -> ShardRecord:
+    """Shard `index` under `folder` without the samples that repeat earlier ones: they become filtered rows.
+
+    Doing it again changes nothing. Returns the shard's new record, without parents.
+    """
+    found = {repeat.key: repeat for repeat in repeats}
+    with storage.open_read(storage.join(folder, f"{index:05d}.parquet")) as stream:
+        lines = pq.read_table(stream).to_pylist()
+    for line in lines:
+        if repeat := found.get(line["key"]):
+            line |= {
+                "status": "filtered",
+                "error_class": repeat.reason,
+                "error_message": f"repeats {repeat.first}",
+            }
+    kept = {line["key"] for line in lines if line["status"] == "success"}
+    return _record(folder, index, lines, _copy_tar(folder, f"{index:05d}.tar", kept))
+
+
+def _copy_tar(folder: str, name: str, kept: Collection[str]) -> list[FileRecord]:
+    """Publishes the tar anew with the samples of `kept` alone, byte for byte; a killed attempt may have removed it."""
+    if not kept or not storage.exists(storage.join(folder, name)):
+        assert not kept, f"{name} has samples and no tar"
+        return _remove_tar(folder, name)
+    with _scratch_file(folder, name) as scratch, ShardReader(storage.join(folder, name)) as reader:
+        bounds = [*reader.starts, reader.end]
+        with scratch.open("wb") as stream:
+            tar = TarWriter(stream)
+            for row, key in enumerate(reader.keys):
+                if key in kept:
+                    tar.add_sample(reader.raw(bounds[row], bounds[row + 1]))
+            tar.finish()
+        return _publish_tar(scratch, tar, folder, name)
+
+
+def _record(folder: str, index: int, lines: list[dict[str, Any]], files: list[FileRecord]) -> ShardRecord:
+    """Publishes the shard's tables, the tar being there, and returns its record."""
+    keys = [line["key"] for line in lines if line["status"] == "success"]
     table = parquet_bytes(pa.Table.from_pylist(lines, schema=_COLUMNS))
-    files.append(publish(folder, f"{index:05d}.parquet", table))
-    files.append(publish(folder, f"{index:05d}_stats.json", _stats(lines)))
+    files = [
+        *files,
+        publish(folder, f"{index:05d}.parquet", table),
+        publish(folder, f"{index:05d}_stats.json", _stats(lines)),
+    ]
     return ShardRecord(
         index=index,
         samples=len(keys),
@@ -144,28 +205,35 @@ def write_shard(rows: Sequence[Row], index: int, folder: str, config: ShardConfi
     )
 
 
-def _read_image(location: str, max_bytes: int) -> bytes:
-    """At most `max_bytes` + 1 bytes, so that what is too large is seen to be and never held."""
+def _outcomes(rows: Sequence[Row], index: int, config: ShardConfig) -> Generator[Outcome, None, None]:
+    """What became of each row, in order; no original is fetched in vain."""
+    with ExitStack() as stack:
+        originals = stack.enter_context(Originals(config.max_bytes, config.fetch))
+        rows = originals.with_captions(rows)
+        wanted = (row for row in rows if _has_caption(row, config))
+        payloads = stack.enter_context(closing(originals.read_all(wanted)))
+
+        def read(_: Row) -> bytes:
+            if isinstance(payload := next(payloads), SampleError):
+                raise payload
+            return payload
+
+        for number, row in enumerate(rows):
+            yield attempt(row, sample_key(index, number, config.samples_per_shard), config, read)
+
+
+def _caption(row: Row, config: ShardConfig) -> str:
+    """The row's cleaned caption; raises SampleError for a row that is bad before its image is read."""
+    if row.defect is not None:
+        raise SampleError(*row.defect)
+    return captions.clean(row.caption, config)
+
+
+def _has_caption(row: Row, config: ShardConfig) -> bool:
     try:
-        if not storage.is_local(location):
-            with storage.open_read(location) as stream:
-                return stream.read(max_bytes + 1)
-        path = storage.local_path(location)
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):
-            raise SampleError(
-                "unreadable", "there is something other than a file at the place that the source names"
-            )
-        with path.open("rb") as file:
-            return file.read(min(facts.st_size, max_bytes) + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SampleError("missing_image", "there is no file at the place that the source names") from error
-    except OSError as error:
-        if error.errno in _EXHAUSTED:
-            raise
-        raise SampleError(
-            "unreadable", f"the file cannot be read: {error.strerror or type(error).__name__}"
-        ) from error
+        return bool(_caption(row, config))
+    except SampleError:
+        return False
 
 
 def _add_sample(tar: TarWriter, fields: dict[str, Any], image: Prepared) -> None:
@@ -189,12 +257,12 @@ def _scratch_file(folder: str, name: str) -> Iterator[Path]:
 
 def _publish_tar(scratch: Path, tar: TarWriter, folder: str, name: str) -> list[FileRecord]:
     storage.publish_file(scratch, storage.join(folder, name))
-    return [FileRecord(path=name, bytes=tar.bytes, sha256=tar.sha256)]
+    return [FileRecord(path=name, bytes=tar.bytes, sha256=tar.sha256, blocks=tar.blocks)]
 
 
-def _remove_tar(folder: str, index: int) -> list[FileRecord]:
+def _remove_tar(folder: str, name: str) -> list[FileRecord]:
     """A killed attempt may have published a tar of rows that have failed since."""
-    storage.remove(storage.join(folder, f"{index:05d}.tar"))
+    storage.remove(storage.join(folder, name))
     return []
 
 

@@ -2,79 +2,72 @@
 
     folder           metadata.jsonl, .csv or .parquet naming files of the folder (the ImageFolder convention);
                      without one, every NAME.jpg with its NAME.txt, by sorted relative path
-    table            a CSV, TSV, JSONL or Parquet file of places and captions; relative paths start at its folder
+    table            a CSV, TSV, JSONL or Parquet file of places and captions; relative paths start at its folder, object
+                     stores and web addresses are taken too; or Parquet, one file or a folder of them, with image bytes
+    webdataset       .tar shards: one, a folder of them, or a pattern with braces such as shards/{00000..00099}.tar
     shapes, digits   built-in datasets, drawn into a folder first (`materialise`)
 
-A row that is bad before its image is read carries a defect: it is counted, and never moves the rows after it.
+All but the built-in ones lie at a path or at any fsspec URL. A row that is bad before its image is read carries a defect: it
+is counted, and never moves the rows after it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
 import posixpath
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, ValidationError
 
-from data import storage
-from data.captions import is_utf8
-from data.config import Config, canonical_json, fingerprint, operational
-from data.tables import Record, chosen_column, records_of, refuse, text_of
-
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE_COLUMNS = ("file_name", "image", "path", "url", "image_path", "image_url", "filename")
-CAPTION_COLUMNS = ("text", "caption")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-GENERATOR_VERSIONS = {"shapes": 1, "digits": 1}
-"""Raised when a built-in dataset draws other pictures than before for the same count and seed."""
+from data import builtin, folders, storage
+from data.cells import BYTES_COLUMNS
+from data.config import Config, fingerprint, operational
+from data.listing import rows_at
+from data.records import reading, refuse
+from data.rows import Row
+from data.tables import CAPTION_COLUMNS, PLACE_COLUMNS, Columns
 
 
 class SourceConfig(Config):
     """Which pairs to read."""
 
-    kind: Literal["auto", "folder", "table", "shapes", "digits"] = Field(
+    kind: Literal["auto", "folder", "table", "webdataset", "shapes", "digits"] = Field(
         default="auto",
-        description="auto: folder or table, whichever lies at `path`; shapes and digits are built in and take no path",
+        description="auto: what lies at `path`; shapes and digits are built in and take no path",
     )
     path: str | None = operational(
         None,
-        description="a folder, or a .csv, .tsv, .jsonl or .parquet file, on this machine; its content counts, not its place",
+        description="a folder, a table, or .tar archives with {00..99} in their names, here or at an fsspec URL; "
+        "the content counts, not the place",
     )
-    limit: int | None = Field(default=None, ge=1, description="take the first rows only")
+    limit: int | None = operational(None, ge=1, description="take the first rows only")
     image_column: str | None = Field(
-        default=None, description=f"column of the places; None: one of {', '.join(IMAGE_COLUMNS)}"
+        default=None,
+        description=f"column of the places, None: one of {', '.join(PLACE_COLUMNS)}; or of image bytes in a Parquet, "
+        f"None: one of {', '.join(BYTES_COLUMNS)}",
     )
     caption_column: str | None = Field(
-        default=None, description=f"column of the captions; None: {' or '.join(CAPTION_COLUMNS)}"
+        default=None,
+        description=f"column of the captions, None: {' or '.join(CAPTION_COLUMNS)}; of archives, the field of the json "
+        "member, None: the txt member, else as before",
     )
     count: int = Field(default=6000, ge=1, description="pictures that a built-in dataset draws")
     seed: int = Field(default=0, ge=0, description="seed of a built-in dataset")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One pair as the source lists it."""
-
-    index: int
-    image: str
-    """Absolute path or object-store URL; empty when the row names none."""
-    caption: str | None
-    source_id: str
-    """Names the row wherever the source lies: the relative path, or the place as a table gives it."""
-    defect: tuple[str, str] | None = None
-    """(reason, message) of a row known to be bad before its image is read."""
-
-
-class SourceSummary(Config):
+@dataclass(frozen=True, eq=False)
+class SourceSummary:
     """What a plan needs to know of a source."""
 
     digest: str
     rows: int
+    identities: np.ndarray | None
+    """(rows,) uint64, `row_identity` of each row in order; None for a built-in dataset, which never grows."""
 
 
 class Prompt(Config):
@@ -90,31 +83,27 @@ def materialise(config: SourceConfig, folder: Path) -> SourceConfig:
 
     Drawing the same dataset again finds it there and does nothing.
     """
-    if config.kind not in _GENERATORS:
+    if not is_builtin(config):
         return config
     _refuse_path(config)
-    target = folder / f"{config.kind}-{_builtin_digest(config)}"
-    _GENERATORS[config.kind](target, config.count, config.seed)
+    target = builtin.draw(config.kind, config.count, config.seed, folder)
     return SourceConfig(kind="folder", path=str(target), limit=config.limit)
 
 
 def list_rows(config: SourceConfig) -> list[Row]:
-    """Every row of a folder or table in its fixed order, at most `limit`; of rows with one id only the first is sound.
+    """Every row in its fixed order, at most `limit`; of rows with one id only the first is sound.
 
     Raises UserError for a missing, empty or unreadable source, an unknown format, or a column that is not there.
     """
-    path = _existing(config)
-    if path.is_dir():
-        metadata = next((path / name for name in METADATA_NAMES if (path / name).is_file()), None)
-        rows = _metadata_rows(metadata, config, is_table=False) if metadata else _paired_rows(path)
-    else:
-        rows = _metadata_rows(path, config, is_table=True)
+    place, columns = _place(config), Columns(config.image_column, config.caption_column)
+    rows = list(_without_duplicates(itertools.islice(rows_at(place, config.kind, columns), config.limit)))
     if not rows:
+        suffixes = ", ".join(sorted(folders.IMAGE_SUFFIXES))
         refuse(
-            f"{path} has no rows",
-            f"give a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))}) or a metadata file",
+            f"{place} has no rows",
+            f"give a folder with images ({suffixes}) or a metadata file, a table, or .tar archives",
         )
-    return _without_duplicates(rows[: config.limit])
+    return rows
 
 
 def source_digest(config: SourceConfig) -> str:
@@ -127,16 +116,40 @@ def source_digest(config: SourceConfig) -> str:
 
 def describe(config: SourceConfig) -> SourceSummary:
     """Digest and number of rows; a built-in dataset need not have been drawn. Raises as `list_rows`."""
-    if config.kind in _GENERATORS:
+    if is_builtin(config):
         _refuse_path(config)
-        rows = min(_drawn(config), config.limit or config.count)
-        return SourceSummary(digest=_builtin_digest(config, config.limit), rows=rows)
-    listed = list_rows(config)
-    digest = hashlib.sha256()
-    for row in listed:
-        reason = row.defect and row.defect[0]
-        digest.update(canonical_json([row.source_id, row.caption, reason, _stamp(row)]))
-    return SourceSummary(digest=fingerprint(digest.hexdigest()), rows=len(listed))
+        rows = builtin.pictures(config.kind, config.count)
+        digest = builtin.digest(config.kind, config.count, config.seed, config.limit)
+        return SourceSummary(digest=digest, rows=min(rows, config.limit or rows), identities=None)
+    identities = row_identities(list_rows(config))
+    return SourceSummary(digest=digest_of(identities), rows=len(identities), identities=identities)
+
+
+def digest_of(identities: np.ndarray) -> str:
+    """The digest of a source with these rows (rows,) uint64 in this order."""
+    return fingerprint(hashlib.sha256(identities.astype("<u8").tobytes()).hexdigest())
+
+
+def is_builtin(config: SourceConfig) -> bool:
+    """Whether the source is drawn and not read."""
+    return config.kind in builtin.GENERATORS
+
+
+def row_identities(rows: Sequence[Row]) -> np.ndarray:
+    """(rows,) uint64: `row_identity` of each row."""
+    return np.fromiter(map(row_identity, rows), np.uint64, len(rows))
+
+
+def row_identity(row: Row) -> int:
+    """64 bits of SHA-256 that change when the row's id, caption, defect or stamp does (`storage.Entry.stamp`).
+
+    The stamp is that of the local image, of the archive or Parquet that holds it, or of the objects of a remote folder; what
+    a table names elsewhere has none and is taken as immutable. No file is looked at.
+    """
+    reason = row.defect[0] if row.defect else ""
+    caption = "" if row.caption is None else f"+{row.caption}"
+    content = f"{row.source_id}\0{reason}\0{row.stamp or ''}\0{caption}"
+    return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def prompts(config: SourceConfig, limit: int | None = None) -> list[Prompt]:
@@ -144,15 +157,15 @@ def prompts(config: SourceConfig, limit: int | None = None) -> list[Prompt]:
 
     Raises UserError naming the line that is no prompt.
     """
-    path = _existing(config)
-    file = (path if path.is_dir() else path.parent) / "prompts.jsonl"
-    if not file.is_file():
-        return []
+    place = _place(config)
+    with reading(place):
+        file = f"{place if storage.is_folder(place) else posixpath.dirname(place)}/prompts.jsonl"
+        payload = storage.read_bytes(file) if storage.exists(file) else b""
     found: list[Prompt] = []
-    for number, line in enumerate(text_of(file).split("\n"), start=1):
+    for number, line in enumerate(payload.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             try:
-                found.append(Prompt.model_validate_json(line.encode("utf-8", "surrogateescape")))
+                found.append(Prompt.model_validate_json(line))
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 refuse(
@@ -160,34 +173,6 @@ def prompts(config: SourceConfig, limit: int | None = None) -> list[Prompt]:
                     'write {"text": …, "heldout": …, "truth": …}',
                 )
     return found[:limit]
-
-
-def _draw_shapes(folder: Path, count: int, seed: int) -> None:
-    from data import shapes
-
-    shapes.write_folder(folder, count=count, seed=seed)
-
-
-def _draw_digits(folder: Path, count: int, seed: int) -> None:
-    from data import digits
-
-    digits.write_folder(folder, count=count, seed=seed)
-
-
-_GENERATORS: dict[str, Callable[[Path, int, int], None]] = {"shapes": _draw_shapes, "digits": _draw_digits}
-
-
-def _drawn(config: SourceConfig) -> int:
-    """Pictures that a built-in dataset draws; there are only so many digits."""
-    if config.kind == "digits":
-        from data.digits import TRAINING_DIGITS
-
-        return min(config.count, TRAINING_DIGITS)
-    return config.count
-
-
-def _builtin_digest(config: SourceConfig, limit: int | None = None) -> str:
-    return fingerprint(config.kind, config.count, config.seed, limit, GENERATOR_VERSIONS[config.kind])
 
 
 def _refuse_path(config: SourceConfig) -> None:
@@ -198,140 +183,24 @@ def _refuse_path(config: SourceConfig) -> None:
         )
 
 
-def _existing(config: SourceConfig) -> Path:
-    assert config.kind not in _GENERATORS, (
-        f"{config.kind} must be materialised before its files are asked for"
-    )
+def _place(config: SourceConfig) -> str:
+    """The absolute path or the URL of the source, without a slash at its end. Raises UserError where there can be none."""
+    assert not is_builtin(config), f"{config.kind} must be materialised before its files are asked for"
     if config.path is None:
         refuse("no source was given", "name a folder or a table with --data, or set source.kind=shapes")
-    if not storage.is_local(config.path):
+    if config.path.lower().startswith(("http://", "https://", "ftp://")):
         refuse(
-            f"{config.path} is a URL",
-            "a source's listing is read from this machine; its images may be object-store URLs",
+            f"{config.path} is a web address",
+            "copy the table, the folder or the archives here or to an object store; a table may name images on the web",
         )
-    path = storage.local_path(config.path).expanduser().absolute()
-    if not path.exists():
-        refuse(
-            f"{path} does not exist",
-            "give an existing folder of images, or a .csv, .tsv, .jsonl or .parquet file",
-        )
-    if config.kind == "folder" and not path.is_dir():
-        refuse(f"{path} is a file, but source.kind=folder was given", "set source.kind=table")
-    if config.kind == "table" and path.is_dir():
-        refuse(f"{path} is a folder, but source.kind=table was given", "set source.kind=folder")
-    return path
+    if storage.is_local(config.path):
+        return str(storage.local_path(config.path).expanduser().absolute())
+    return config.path.rstrip("/")
 
 
-def _stamp(row: Row) -> list[int] | None:
-    """Size and modification time of a sound row's local file; None where there is none to look at."""
-    if row.defect or not storage.is_local(row.image):
-        return None
-    try:
-        facts = storage.local_path(row.image).stat()
-    except OSError:
-        return None
-    return [facts.st_size, facts.st_mtime_ns]
-
-
-def _paired_rows(folder: Path) -> list[Row]:
-    return [_paired_row(index, folder, name) for index, name in enumerate(sorted(_image_names(folder)))]
-
-
-def _image_names(folder: Path) -> Iterator[str]:
-    def complain(error: OSError) -> NoReturn:
-        refuse(
-            f"{error.filename} cannot be listed ({error.strerror})", "make it readable or move it elsewhere"
-        )
-
-    for parent, folders, files in os.walk(folder, onerror=complain):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(parent, name).relative_to(folder).as_posix()
-
-
-def _paired_row(index: int, folder: Path, name: str) -> Row:
-    image = folder / name
-    try:
-        caption = image.with_suffix(".txt").read_bytes().decode("utf-8", "surrogateescape")
-    except FileNotFoundError:
-        caption = None
-    except OSError as error:
-        problem = ("unreadable", f"the caption file cannot be read: {error.strerror}")
-        return Row(index, str(image), None, _printable(name), problem)
-    return _checked(Row(index, str(image), caption, name))
-
-
-def _metadata_rows(file: Path, config: SourceConfig, *, is_table: bool) -> list[Row]:
-    wanted = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, config.image_column, config.caption_column}
-    records = records_of(file, {name.lower() for name in wanted if name})
-    columns = list(dict.fromkeys(name for record in records if record.values for name in record.values))
-    if records and not any(record.values for record in records):
-        refuse(
-            f"not one row of {file} can be read ({records[0].problem})",
-            f"check that it is a {file.suffix} file",
-        )
-    if not records:
-        return []
-    image_column = chosen_column(columns, config.image_column, IMAGE_COLUMNS, "image_column", file)
-    caption_column = chosen_column(columns, config.caption_column, CAPTION_COLUMNS, "caption_column", file)
-    return [_row(index, r, file, image_column, caption_column, is_table) for index, r in enumerate(records)]
-
-
-def _row(
-    index: int, record: Record, file: Path, image_column: str, caption_column: str, is_table: bool
-) -> Row:
-    place = f"{file.name}:{record.number}"
-    if record.values is None:
-        return Row(index, "", None, place, ("malformed_row", f"{place}: {record.problem}"))
-    name, caption = (_cell(record.values.get(column)) for column in (image_column, caption_column))
-    if not isinstance(name, str) or not name or "\0" in name:
-        return Row(index, "", None, place, ("malformed_row", f"{place}: {image_column} names no file"))
-    if not isinstance(caption, str | None):
-        return Row(index, "", None, place, ("malformed_row", f"{place}: {caption_column} holds no text"))
-    return _checked(_located(Row(index, "", caption, name), file.parent, is_table))
-
-
-def _cell(value: Any) -> Any:
-    """Numbers as the text that they were written as; anything but text and nothing stays, to be refused."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _located(row: Row, folder: Path, is_table: bool) -> Row:
-    """The row with its image's place. A folder's rows stay in the folder; a table may also give absolute places."""
-    name = row.source_id
-    if is_table and "://" in name:
-        if {part.partition("://")[0] for part in name.split("::")} & {"http", "https", "ftp"}:
-            problem = ("unsupported_url", "pictures on the web are not fetched: download them first")
-            return replace(row, defect=problem)
-        return replace(row, image=name)
-    if is_table and name.startswith("/"):
-        return replace(row, image=name)
-    relative = posixpath.normpath(name)
-    if name.startswith("/") or "://" in name or relative.split("/")[0] == "..":
-        problem = ("path_escapes_source", "the path leaves the source's folder")
-        return replace(row, defect=problem)
-    return replace(row, image=str(folder / relative), source_id=relative)
-
-
-def _checked(row: Row) -> Row:
-    """The row as it can be written to a parquet; text that was not UTF-8 is shown with replacement characters."""
-    if is_utf8(row.source_id) and is_utf8(row.caption or ""):
-        return row
-    problem = ("invalid_utf8", f"the {'caption' if is_utf8(row.source_id) else 'file name'} is not UTF-8")
-    caption = row.caption and _printable(row.caption)
-    return replace(row, source_id=_printable(row.source_id), caption=caption, defect=row.defect or problem)
-
-
-def _printable(text: str) -> str:
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def _without_duplicates(rows: Sequence[Row]) -> list[Row]:
+def _without_duplicates(rows: Iterable[Row]) -> Iterator[Row]:
     first: dict[str, int] = {}
-    kept: list[Row] = []
     for row in rows:
         earlier = row.index if row.defect else first.setdefault(row.source_id, row.index)
         problem = ("duplicate_key", f"row {earlier} already names this image")
-        kept.append(row if earlier == row.index else replace(row, defect=problem))
-    return kept
+        yield row if earlier == row.index else replace(row, defect=problem)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
 CHUNK = 1 << 20
 _TEMPORARY = ".tmp-"
+_VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call the field of a listing that changes with the content, best first."""
+
+
+class Entry(NamedTuple):
+    """One file of a listing."""
+
+    name: str
+    """Path relative to the folder that was listed."""
+    stamp: str | None
+    """Changes when the content does: size and modification time of a local file, size and etag (or time) of a remote
+    one; None where a local name leads nowhere."""
 
 
 def is_local(url: str) -> bool:
@@ -40,14 +55,14 @@ def read_bytes(url: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
     if is_local(url):
         return local_path(url).read_bytes()
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.cat_file(path)
+    filesystem, path = _filesystem(url)
+    return filesystem.cat_file(path)  # type: ignore[return-value]
 
 
 def write_bytes(url: str, payload: bytes) -> None:
     """Publishes `payload` at `url` in one step and durably; parent folders are made."""
     if not is_local(url):
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = _filesystem(url)
         filesystem.pipe_file(path, payload)
         return
     target = local_path(url)
@@ -68,7 +83,7 @@ def write_bytes(url: str, payload: bytes) -> None:
 def publish_file(source: Path, url: str) -> None:
     """Moves the finished local file `source` to `url` in one step."""
     if not is_local(url):
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = _filesystem(url)
         filesystem.put_file(str(source), path)
         source.unlink()
         return
@@ -88,7 +103,7 @@ def exists(url: str) -> bool:
     """Whether a file or folder lies at `url`."""
     if is_local(url):
         return local_path(url).exists()
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = _filesystem(url)
     return filesystem.exists(path)
 
 
@@ -101,7 +116,7 @@ def list_files(url: str) -> list[str]:
         folder = local_path(url)
         names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
         return sorted(name for name in names if not name.startswith(_TEMPORARY))
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = _filesystem(url)
     if not filesystem.isdir(path):
         return []
     return sorted(
@@ -114,11 +129,68 @@ def list_folders(url: str) -> list[str]:
     if is_local(url):
         folder = local_path(url)
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = _filesystem(url)
     if not filesystem.isdir(path):
         return []
     infos = filesystem.ls(path, detail=True)
     return sorted(i["name"].rstrip("/").rsplit("/", 1)[-1] for i in infos if i["type"] == "directory")
+
+
+def list_tree(url: str) -> list[Entry]:
+    """Every file below the folder `url`, sorted by name, in one recursive listing; empty where there is none.
+
+    Hidden files and folders, whose names start with a dot, are left out; links to folders are not followed. Raises OSError
+    for a folder that cannot be listed.
+    """
+    if is_local(url):
+        return sorted(_walk(str(local_path(url)), ""))
+    filesystem, path = _filesystem(url)
+    root = path.rstrip("/") + "/" if path.strip("/") else ""
+    infos: Any = filesystem.find(path, detail=True)
+    found = (
+        (info["name"].removeprefix(root).lstrip("/"), info)
+        for info in infos.values()
+        if info["type"] == "file"
+    )  # type: ignore[union-attr]
+    return sorted(Entry(n, _stamp_of(i)) for n, i in found if n and not n.startswith(".") and "/." not in n)
+
+
+def is_folder(url: str) -> bool:
+    """Whether `url` is a folder, or the beginning of the names of objects in a store."""
+    if is_local(url):
+        return local_path(url).is_dir()
+    filesystem, path = _filesystem(url)
+    return filesystem.isdir(path)
+
+
+def stamp(url: str) -> str | None:
+    """The `Entry.stamp` of one file; None where there is none, and where a local one cannot be looked at."""
+    if is_local(url):
+        try:
+            facts = os.stat(url.removeprefix("file://"))  # noqa: PTH116  half the time of Path.stat, a million times
+        except OSError:
+            return None
+        return f"{facts.st_size}-{facts.st_mtime_ns}"
+    filesystem, path = _filesystem(url)
+    try:
+        return _stamp_of(filesystem.info(path))
+    except FileNotFoundError:
+        return None
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    """At most `size` bytes of the file from byte `start` on, in one request; fewer where the file ends."""
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+    filesystem, path = _filesystem(url)
+    try:
+        return filesystem.cat_file(path, start=start, end=start + size)  # type: ignore[return-value]
+    except OSError as error:
+        if error.errno == errno.EINVAL and filesystem.size(path) == start:
+            return b""  # object stores have no empty ranges
+        raise
 
 
 def remove(url: str) -> None:
@@ -126,14 +198,18 @@ def remove(url: str) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = _filesystem(url)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm_file(path)
 
 
-def open_read(url: str) -> BinaryIO:
-    """A seekable binary stream."""
-    return fsspec.open(url, "rb").open()  # type: ignore[return-value]
+def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
+    """A seekable binary stream; one on a remote file reads ahead `block_bytes`, or as much as its file system finds best."""
+    if is_local(url):
+        return local_path(url).open("rb")
+    filesystem, path = _filesystem(url)
+    options = {} if block_bytes is None else {"block_size": block_bytes, "cache_type": "readahead"}
+    return filesystem.open(path, "rb", **options)  # type: ignore[return-value]
 
 
 def sha256(url: str) -> tuple[int, str]:
@@ -144,6 +220,33 @@ def sha256(url: str) -> tuple[int, str]:
             digest.update(chunk)
             size += len(chunk)
     return size, digest.hexdigest()
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a remote `url` and the path in it. What it remembers of earlier listings is forgotten: other
+    machines write too."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    return filesystem, path
+
+
+def _walk(folder: str, prefix: str) -> Iterator[Entry]:
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            name = prefix + item.name
+            if item.is_dir(follow_symlinks=False):
+                yield from _walk(item.path, f"{name}/")
+            elif not item.is_dir():
+                yield Entry(name, stamp(item.path))
+
+
+def _stamp_of(info: dict[str, Any]) -> str:
+    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    if isinstance(version, datetime):
+        version = version.timestamp()
+    return f"{info.get('size')}-{str(version).strip(chr(34))}"
 
 
 def _temporary_beside(target: Path) -> Path:

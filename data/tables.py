@@ -1,42 +1,56 @@
-"""Tables of any known format as lines: CSV, TSV, JSONL, Parquet. One bad line costs one line."""
+"""Rows from tables: one line names a picture by path, URL or address, or holds its bytes in a Parquet cell."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+import functools
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import fsspec
 
+from data import storage
+from data.cells import bytes_column
 from data.errors import UserError
+from data.records import Record, records_of, suffix_of
+from data.rows import Cell, Row, checked, defective
+
+PLACE_COLUMNS = ("file_name", "image", "path", "url", "image_path", "image_url", "filename")
+CAPTION_COLUMNS = ("text", "caption")
+_WEB = ("http://", "https://")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a table: its values by column, or what is wrong with it. `number` counts as an editor would."""
+class Columns(NamedTuple):
+    """The columns that were asked for; None: the first known name."""
 
-    number: int
-    values: dict[str, Any] | None
-    problem: str = ""
+    image: str | None = None
+    caption: str | None = None
 
 
-def records_of(file: Path, wanted: Iterable[str]) -> list[Record]:
-    """Every line of the table `file`; of a Parquet only the columns named in `wanted`, in lower case, are read."""
-    suffix = file.suffix.lower()
-    if suffix not in _TABLES:
-        allowed = ", ".join(_TABLES)
-        refuse(f"{file} is of no known format", f"give a folder or a table that ends in {allowed}")
-    return list(_TABLES[suffix](file, frozenset(wanted)))
+def table_rows(url: str, columns: Columns, numbers: Iterator[int], name: str | None = None) -> Iterator[Row]:
+    """The rows of one table. Relative places start at its folder; absolute ones, URLs and web addresses are taken too.
+
+    `numbers` gives the rows their indices, `name` stands for the file in ids and messages. Of a Parquet with image bytes the
+    bytes are not read. Raises UserError when the table cannot be read or lacks a column.
+    """
+    name = name or url.rpartition("/")[2]
+    cells = bytes_column(url, columns.image) if suffix_of(url) == ".parquet" else None
+    if cells is not None:
+        return _cell_rows(url, name, cells, columns, numbers)
+    return _place_rows(url, name, columns, numbers, functools.partial(_anywhere, url.rpartition("/")[0]))
+
+
+def metadata_rows(
+    url: str, columns: Columns, numbers: Iterator[int], stamp_of: Callable[[str], str | None]
+) -> Iterator[Row]:
+    """The rows of a folder's metadata file: its places stay in the folder. `stamp_of` knows a relative path's stamp."""
+    inside = functools.partial(_inside, url.rpartition("/")[0], stamp_of)
+    return _place_rows(url, url.rpartition("/")[2], columns, numbers, inside)
 
 
 def chosen_column(
-    columns: Sequence[str], asked: str | None, known: Sequence[str], option: str, file: Path
+    columns: Sequence[str], asked: str | None, known: Sequence[str], option: str, url: str
 ) -> str:
     """The column `asked` for, else the first of the `known` names that there is; raises UserError naming what there is."""
     by_lower = {name.lower(): name for name in reversed(columns)}
@@ -46,92 +60,92 @@ def chosen_column(
     near = difflib.get_close_matches(asked or known[0], columns, n=1, cutoff=0.5)
     hint = f"source.{option}={near[0]}" if near else f"source.{option} to one of them"
     lacks = f"the column {asked!r}" if asked else f"a column named {', '.join(known[:-1])} or {known[-1]}"
-    raise UserError(f"{file} lacks {lacks}; it has {', '.join(columns)}: set {hint}")
+    raise UserError(f"{url} lacks {lacks}; it has {', '.join(columns)}: set {hint}")
 
 
-def refuse(given: str, advice: str) -> NoReturn:
-    """Raises UserError: what was given, and what to do."""
-    raise UserError(f"{given}: {advice}")
+Locate = Callable[[int, str, str | None], Row]
+"""(index, place as the table gives it, caption) -> the row with its image's place."""
 
 
-def text_of(file: Path) -> str:
-    """The text of `file`, bytes that are not UTF-8 as lone surrogates, so that one bad byte costs one row."""
-    try:
-        return file.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        refuse(f"{file} cannot be read ({error.strerror})", "check its permissions")
+def _place_rows(
+    url: str, name: str, columns: Columns, numbers: Iterator[int], locate: Locate
+) -> Iterator[Row]:
+    wanted = {*PLACE_COLUMNS, *CAPTION_COLUMNS, columns.image, columns.caption}
+    names, records = records_of(url, {n.lower() for n in wanted if n})
+    if not names:
+        return
+    places = chosen_column(names, columns.image, PLACE_COLUMNS, "image_column", url)
+    captions = chosen_column(names, columns.caption, CAPTION_COLUMNS, "caption_column", url)
+    for record in records:
+        yield _place_row(next(numbers), record, f"{name}:{record.number}", places, captions, locate)
 
 
-def _read_jsonl(file: Path, _: frozenset[str]) -> Iterator[Record]:
-    for number, line in enumerate(text_of(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Record(number, None, f"the line is not JSON ({error})")
-            continue
-        is_object = isinstance(values, dict)
-        yield Record(number, values if is_object else None, "the line is not a JSON object")
+def _place_row(index: int, record: Record, line: str, places: str, captions: str, locate: Locate) -> Row:
+    if record.values is None:
+        return defective(index, line, "malformed_row", f"{line}: {record.problem}")
+    place, caption = _text(record.values.get(places)), _text(record.values.get(captions))
+    if not isinstance(place, str) or not place or "\0" in place:
+        return defective(index, line, "malformed_row", f"{line}: {places} names no file")
+    if not isinstance(caption, str | None):
+        return defective(index, line, "malformed_row", f"{line}: {captions} holds no text")
+    return checked(locate(index, place, caption))
 
 
-def _read_csv(file: Path, _: frozenset[str]) -> Iterator[Record]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(text_of(file), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        number = lines.line_num + 1
-        try:
-            cells = next(lines)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if header is None:
-                refuse(
-                    f"the header of {file} cannot be read ({error})", f"check that it is a {file.suffix} file"
-                )
-            yield Record(number, None, str(error))
-            continue
-        if header is None:
-            header = cells
-        elif len(cells) == len(header):
-            yield Record(number, dict(zip(header, cells, strict=True)))
-        elif cells:
-            yield Record(number, None, f"{len(cells)} fields where the header has {len(header)}")
+def _cell_rows(url: str, name: str, column: str, columns: Columns, numbers: Iterator[int]) -> Iterator[Row]:
+    stamp = storage.stamp(url)
+    wanted = {*CAPTION_COLUMNS, columns.caption}
+    names, records = records_of(url, {n.lower() for n in wanted if n})
+    if not names:
+        return
+    captions = chosen_column(names, columns.caption, CAPTION_COLUMNS, "caption_column", url)
+    for record in records:
+        assert record.values is not None, "every row of a Parquet can be read"
+        caption, cell = _text(record.values[captions]), Cell(record.number - 1, column)
+        yield checked(Row(next(numbers), url, caption, f"{name}:{record.number}", None, cell, stamp))
 
 
-def _read_parquet(file: Path, wanted: frozenset[str]) -> Iterator[Record]:
-    try:
-        schema = pq.read_schema(file)
-        textual = [field.name for field in schema if _is_textual(field.type)]
-        table = pq.read_table(file, columns=[name for name in textual if name.lower() in wanted])
-    except (pa.ArrowException, OSError) as error:
-        refuse(f"{file} cannot be read as Parquet ({error})", "check the file")
-    shown = dict.fromkeys(textual)
-    columns = {name: _texts(table[name]) for name in table.column_names}
-    for number in range(table.num_rows):
-        yield Record(number + 1, shown | {name: values[number] for name, values in columns.items()})
+def _text(value: Any) -> Any:
+    """Numbers as the text that they were written as; anything but text and nothing stays, to be refused."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _is_textual(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-    )
+def _anywhere(folder: str, index: int, place: str, caption: str | None) -> Row:
+    """A row of a table: its place may be relative, absolute, an object-store URL or a web address."""
+    if "://" in place:
+        problem = _unsupported(place)
+        stamp = storage.stamp(place) if storage.is_local(place) else None
+        return Row(index, "" if problem else place, caption, place, problem, None, stamp)
+    if place.startswith("/") and storage.is_local(folder):
+        return Row(index, place, caption, place, None, None, storage.stamp(place))
+    return _inside(folder, storage.stamp if storage.is_local(folder) else _unknown, index, place, caption)
 
 
-def _texts(column: pa.ChunkedArray) -> list[Any]:
-    if pa.types.is_integer(column.type):
-        return column.to_pylist()
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    raw = column.cast(pa.large_binary()).to_pylist()
-    return [value if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+def _inside(
+    folder: str, stamp_of: Callable[[str], str | None], index: int, place: str, caption: str | None
+) -> Row:
+    """A row whose place is a path below the folder."""
+    relative = posixpath.normpath(place)
+    if place.startswith("/") or "://" in place or relative.split("/", 1)[0] == "..":
+        problem = ("path_escapes_source", "the path leaves the source's folder")
+        return Row(index, "", caption, place, problem)
+    image = f"{folder}/{relative}"
+    return Row(index, image, caption, relative, None, None, stamp_of(image))
 
 
-_TABLES: dict[str, Callable[[Path, frozenset[str]], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _unknown(url: str) -> None:
+    """Objects that a table names are taken as immutable: one request for each would cost more than the listing."""
+    del url
+
+
+def _unsupported(place: str) -> tuple[str, str] | None:
+    if place.startswith(_WEB) and "::" not in place:
+        return None
+    schemes = [part.partition("://")[0].lower() for part in place.split("::")]
+    if wrong := next((s for s in schemes if f"{s}://" in _WEB or not _is_known(s)), None):
+        return ("unsupported_url", f"pictures are not read from such {wrong} addresses")
+    return None
+
+
+@functools.cache
+def _is_known(scheme: str) -> bool:
+    return scheme not in {"ftp", "sftp"} and scheme in fsspec.available_protocols()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import mmap
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from data import storage
+from data.checksums import Checksum
 from data.errors import CorruptArtifact
 
 BLOCK = 512
@@ -21,27 +21,41 @@ class TarWriter:
     """Writes ustar members that depend on name and content alone: no times, no owners."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.bytes = 0
+        self.checksum = Checksum()
+        """Of all that was written."""
         self._stream = stream
-        self._digest = hashlib.sha256()
 
     def add(self, name: str, payload: bytes) -> None:
         """Appends one file; `name` is ASCII of at most 100 bytes, `payload` below 8 GiB."""
         self._write(b"".join((_tar_header(name, len(payload)), payload, bytes(-len(payload) % BLOCK))))
+
+    def add_sample(self, members: bytes) -> None:
+        """Appends whole files with their headers and padding, as another archive has them."""
+        assert len(members) % BLOCK == 0, f"{len(members)} bytes are no whole blocks"
+        self._write(members)
 
     def finish(self) -> None:
         """Writes the end of the archive: two zero blocks, then zeros up to a whole record."""
         self._write(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
 
     @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self.checksum.bytes
+
+    @property
     def sha256(self) -> str:
         """Hex digest of all that was written."""
-        return self._digest.hexdigest()
+        return self.checksum.sha256
+
+    @property
+    def blocks(self) -> str:
+        """CRC-32 of each MiB that was written, as in a `FileRecord`."""
+        return self.checksum.blocks
 
     def _write(self, payload: bytes) -> None:
         self._stream.write(payload)
-        self._digest.update(payload)
-        self.bytes += len(payload)
+        self.checksum.update(payload)
 
 
 class ShardReader:
@@ -65,6 +79,21 @@ class ShardReader:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def starts(self) -> list[int]:
+        """Byte of each sample's first header."""
+        return [min(start for start, _ in members.values()) - BLOCK for members in self._members]
+
+    @property
+    def end(self) -> int:
+        """Byte behind the last sample's padding, where the end of the archive begins."""
+        start, size = max(self._members[-1].values()) if self._members else (0, 0)
+        return start + size + -size % BLOCK
+
+    def raw(self, start: int, end: int) -> bytes:
+        """The archive's bytes [start, end); between two `starts`, a sample's files with headers and padding."""
+        return self._buffer[start:end]
 
     def image(self, row: int) -> bytes:
         """The encoded picture of sample `row`."""
@@ -98,6 +127,29 @@ class ShardReader:
     def _payload(self, row: int, kind: str) -> bytes:
         start, size = self._members[row][kind]
         return self._buffer[start : start + size]
+
+
+def members_between(url: str, start: int, end: int) -> list[str]:
+    """Names of the files in the tar at `url` that have a byte in [start, end), header and padding included.
+
+    Damaged headers are stepped over to the next intact one, so that what lies behind them is found. Raises OSError.
+    """
+    buffer, offset, found = _map(url), 0, list[str]()
+    try:
+        while offset < min(end, len(buffer) - BLOCK + 1):
+            try:
+                name, size = _parse_header(buffer[offset : offset + BLOCK], url, offset)
+            except CorruptArtifact:
+                offset += BLOCK
+                continue
+            following = offset + BLOCK + size + -size % BLOCK
+            if following > start:
+                found.append(name)
+            offset = following
+    finally:
+        if isinstance(buffer, mmap.mmap):
+            buffer.close()
+    return found
 
 
 _MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2

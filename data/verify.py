@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-import pyarrow.parquet as pq
-
-from data import storage
+from data import joins, storage
+from data.checksums import Checksum, checksum_of
 from data.config import Config
+from data.damage import describe
 from data.errors import CorruptArtifact, UserError
-from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, keys_digest, load_snapshot, snapshots
-from data.tars import ShardReader
+from data.inventory import (
+    RUN_RECORD,
+    Artifact,
+    Problem,
+    artifact_folders,
+    inventory,
+    moved,
+    run_folders,
+)
+from data.manifest import FileRecord, Ledger, Parent, ShardRecord, Snapshot, load_snapshot
 
-
-class Problem(Config):
-    """One thing that is not as its manifest says."""
-
-    uri: str
-    problem: str
+Progress = Callable[[int, int], None]
+"""(bytes read, bytes in all)."""
 
 
 class Verdict(Config):
-    """What was found. The ledger is that of the shards of source rows."""
+    """What was found. The ledger is that of the shards of source rows, of each data set's newest state."""
 
     ok: bool
     attempted: int
@@ -32,24 +38,19 @@ class Verdict(Config):
     problems: tuple[Problem, ...]
 
 
-def verify(uri: str) -> Verdict:
-    """Checks every artifact at or below `uri`: an artifact's folder, a stage's folder, a store, or a root.
+def verify(uri: str, progress: Progress = lambda *_: None) -> Verdict:
+    """Checks every artifact at or below `uri`: a run, an artifact's folder, a stage's folder, a store, or a root.
 
-    Raises UserError when nothing that a manifest describes lies there.
+    Every file is read once, by as many threads as there are CPUs. Raises UserError when nothing that a manifest
+    describes lies there.
     """
-    found, problems = [], []
-    for folder in artifact_folders(uri):
-        try:
-            found += snapshots(folder)
-        except CorruptArtifact as error:
-            problems.append(Problem(uri=folder, problem=str(error)))
-    if not found and not problems:
-        raise UserError(
-            f"{uri} holds nothing that Darkroom made: give a root, its store, or one artifact's folder"
-        )
-    for snapshot in found:
-        problems += [Problem(uri=u, problem=p) for u, p in _problems(snapshot)]
-    ledger = sum((s.ledger for s in found if s.stage == "shard"), Ledger())
+    artifacts, problems = _artifacts(uri)
+    total = sum(record.bytes for artifact in artifacts for record in _records(artifact))
+    checking = _Checking(progress, total)
+    for artifact in artifacts:
+        problems += checking.problems(artifact)
+    ledgers = (_ledger(a.newest) for a in artifacts if a.newest and a.newest.stage == "shard")
+    ledger = sum(ledgers, Ledger())
     return Verdict(
         ok=not problems,
         attempted=ledger.attempted,
@@ -60,99 +61,152 @@ def verify(uri: str) -> Verdict:
     )
 
 
-def artifact_folders(uri: str) -> list[str]:
-    """The folders with a manifest at `uri` or up to three levels below it."""
-    if storage.list_files(storage.join(uri, "_meta", "snapshots")):
-        return [uri]
-    level, found = [uri], []
-    for _ in range(3):
-        level = [
-            storage.join(f, name)
-            for f in level
-            for name in storage.list_folders(f)
-            if not name.startswith(".")
-        ]
-        found += [f for f in level if storage.list_files(storage.join(f, "_meta", "snapshots"))]
-    return found
+def is_external(parent: Parent) -> bool:
+    """Whether `parent` is weights made elsewhere: it names what no snapshot describes."""
+    named = {"stage": parent.stage, "version": 0, "fingerprint": parent.fingerprint, "config": {}}
+    return Snapshot.model_validate(named).digest == parent.digest
 
 
-def _problems(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
-    for file in [*snapshot.files, *(file for shard in snapshot.shards for file in shard.files)]:
-        yield from _file(snapshot.folder, file)
-    if snapshot.stage == "shard":
-        for shard in snapshot.shards:
-            yield from _shard(snapshot.folder, shard)
-    yield from _parents(snapshot)
+def parent_folder(snapshot: Snapshot, parent: Parent) -> str:
+    """Where `parent` lies: beside `snapshot` in its store, which may have been moved, or else where it was."""
+    here = moved(parent.folder, snapshot.folder.rsplit("/", 2)[0], 2)
+    return here if storage.exists(storage.join(here, "_meta")) else parent.folder
 
 
-def _file(folder: str, file: FileRecord) -> Iterator[tuple[str, str]]:
-    uri = storage.join(folder, file.path)
+def _artifacts(uri: str) -> tuple[list[Artifact], list[Problem]]:
+    if storage.exists(storage.join(uri, RUN_RECORD)):
+        folders, problems = run_folders(uri)
+    else:
+        runs = [storage.join(uri, name) for name in storage.list_folders(uri)]
+        checked = [run_folders(run)[1] for run in runs if storage.exists(storage.join(run, RUN_RECORD))]
+        folders, problems = artifact_folders(uri), [problem for found in checked for problem in found]
+    if not folders and not problems:
+        raise UserError(
+            f"{uri} holds nothing that Darkroom made: give a root, its store, a run, or one artifact's folder"
+        )
+    found = [inventory(folder) for folder in dict.fromkeys(folders)]
+    return [artifact for artifact, _ in found], [*problems, *(p for _, told in found for p in told)]
+
+
+def _records(artifact: Artifact) -> list[FileRecord]:
+    return [*artifact.files.values(), *(file for s in artifact.shards.values() for file in s.files)]
+
+
+def _ledger(snapshot: Snapshot) -> Ledger:
+    """As `Snapshot.ledger`, but without what a damaged manifest supersedes beyond its shards."""
+    total = sum((shard.ledger for shard in snapshot.shards), Ledger())
+    pairs = [(snapshot.superseded.filtered, total.filtered), (snapshot.superseded.failed, total.failed)]
+    is_part = all(
+        count <= there.get(reason, 0) for counts, there in pairs for reason, count in counts.items()
+    )
+    return snapshot.ledger if is_part and not snapshot.superseded.written else total
+
+
+@dataclass
+class _Checking:
+    """The files of one artifact after the other, read in parallel."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+    made: dict[tuple[str, str], Snapshot | None] = field(default_factory=dict)
+    """Parents, each loaded once."""
+
+    def problems(self, artifact: Artifact) -> Iterator[Problem]:
+        shards = sorted(artifact.shards.values(), key=lambda shard: shard.index)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            files = pool.map(lambda file: _file(artifact, file), artifact.files.values())
+            checked = pool.map(lambda shard: _shard(artifact, shard), shards)
+            for file, problem in zip(artifact.files.values(), files, strict=True):
+                self._advance(file.bytes)
+                if problem:
+                    yield problem
+            spans = list[joins.Span]()
+            for shard, (problems, span) in zip(shards, checked, strict=True):
+                self._advance(sum(file.bytes for file in shard.files))
+                yield from problems
+                spans += [span] if span else []
+        repeated = joins.repeated_keys(artifact.folder, spans)
+        yield from (artifact.problem(path, what) for path, what in repeated)
+        for snapshot in artifact.snapshots:
+            yield from (artifact.problem(path, what) for path, what in joins.in_rows(snapshot))
+            yield from self._parents(artifact, snapshot)
+
+    def _advance(self, size: int) -> None:
+        self.done += size
+        self.progress(self.done, self.total)
+
+    def _parents(self, artifact: Artifact, snapshot: Snapshot) -> Iterator[Problem]:
+        for role, parent in snapshot.parents.items():
+            folder = parent_folder(snapshot, parent)
+            if is_external(parent) or not storage.exists(folder):
+                continue  # weights made elsewhere, or a parent that was cleaned away: nothing to hold against
+            told = _held_against(role, parent, folder, made := self._load(folder, parent.fingerprint))
+            if told:
+                yield Problem(uri=snapshot.folder, problem=told, folder=snapshot.folder)
+            if made is not None and snapshot is artifact.newest:
+                for shard in snapshot.shards:
+                    yield from _join(artifact, snapshot, shard, role, made)
+
+    def _load(self, folder: str, fingerprint: str) -> Snapshot | None:
+        if (folder, fingerprint) not in self.made:
+            try:
+                self.made[folder, fingerprint] = load_snapshot(folder, fingerprint)
+            except CorruptArtifact:
+                self.made[folder, fingerprint] = None
+        return self.made[folder, fingerprint]
+
+
+def _held_against(role: str, parent: Parent, folder: str, made: Snapshot | None) -> str:
+    if made is None:
+        return f"its {role} cannot be held against it: {folder} has no intact snapshot {parent.fingerprint}"
+    return f"was made from another {role} than {folder} now holds" if made.digest != parent.digest else ""
+
+
+def _file(artifact: Artifact, file: FileRecord, shard: int | None = None) -> Problem | None:
+    uri = storage.join(artifact.folder, file.path)
     try:
-        size, digest = storage.sha256(uri)
+        found = checksum_of(uri)
+        told = "" if _agrees(file, found) else describe(uri, file, found)
     except FileNotFoundError:
-        yield uri, "is missing"
-        return
+        told = "is missing"
     except OSError as error:
-        yield uri, f"cannot be read: {error}"
-        return
-    if size != file.bytes:
-        yield uri, f"has {size} bytes, its manifest says {file.bytes}"
-    elif digest != file.sha256:
-        yield (
-            uri,
-            f"its {size} bytes changed: SHA-256 is {digest[:12]}…, its manifest says {file.sha256[:12]}…",
-        )
+        told = f"cannot be read: {error}"
+    return artifact.problem(file.path, told, shard) if told else None
 
 
-def _shard(folder: str, shard: ShardRecord) -> Iterator[tuple[str, str]]:
-    tars = [file.path for file in shard.files if PurePosixPath(file.path).suffix == ".tar"]
-    for path in tars:
-        uri = storage.join(folder, path)
-        try:
-            with ShardReader(uri) as reader:
-                keys = reader.keys
-        except FileNotFoundError:
-            continue  # already told
-        except (CorruptArtifact, OSError) as error:
-            yield uri, str(error)
-            continue
-        if len(keys) != shard.samples or keys_digest(keys) != shard.keys:
-            yield (
-                uri,
-                f"holds {len(keys)} samples whose keys or order are not the {shard.samples} of its manifest",
-            )
-    table = storage.join(folder, f"{shard.index:05d}.parquet")
-    try:
-        with storage.open_read(table) as stream:
-            rows = pq.ParquetFile(stream).metadata.num_rows
-    except (OSError, ValueError) as error:
-        yield table, f"cannot be read: {error}"
-        return
-    if rows != shard.ledger.attempted:
-        yield table, f"has {rows} rows, the ledger attempted {shard.ledger.attempted}"
+def _agrees(file: FileRecord, found: Checksum) -> bool:
+    blocks = file.blocks in ("", found.blocks)
+    return (found.bytes, found.sha256) == (file.bytes, file.sha256) and blocks
 
 
-def _parents(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
-    for role, parent in snapshot.parents.items():
-        try:
-            made = load_snapshot(parent.folder, parent.fingerprint) if storage.exists(parent.folder) else None
-        except CorruptArtifact as error:
-            yield snapshot.folder, f"its {role} cannot be held against it: {error}"
-            continue
-        if made is None:
-            continue  # weights made elsewhere, or a parent that was cleaned away: nothing to hold against
-        if made.digest != parent.digest:
-            yield snapshot.folder, f"was made from another {role} than {parent.folder} now holds"
-        theirs = {shard.index: shard for shard in made.shards}
-        for shard in snapshot.shards:
-            if role == "data" and "data" in shard.parents and set(snapshot.columns) and shard.index in theirs:
-                yield from _join(snapshot, shard, theirs[shard.index])
+def _shard(artifact: Artifact, shard: ShardRecord) -> tuple[list[Problem], joins.Span | None]:
+    """What is wrong with one shard, and the span of its keys where it has a sound tar."""
+    problems = {file.path: _file(artifact, file, shard.index) for file in shard.files}
+    sound = {path for path, problem in problems.items() if problem is None}
+    if "image" in artifact.columns:
+        found, span = joins.in_pairs(artifact.folder, shard, sound)
+    else:
+        columns = sorted(joins.ROW_ALIGNED & set(artifact.columns))
+        found, span = list(joins.in_columns(artifact.folder, shard, columns, sound)), None
+    told = [problem for problem in problems.values() if problem]
+    return [*told, *(artifact.problem(path, what, shard.index) for path, what in found)], span
 
 
-def _join(snapshot: Snapshot, shard: ShardRecord, parent: ShardRecord) -> Iterator[tuple[str, str]]:
-    aligned = {"img_emb", "vae_moments"} & set(snapshot.columns)
-    if aligned and (shard.samples, shard.keys) != (parent.samples, parent.keys):
-        yield (
-            storage.join(snapshot.folder, shard.files[0].path),
-            f"is not row-aligned with shard {shard.index:05d}: {shard.samples} rows against {parent.samples}, or another order",
-        )
+def _join(
+    artifact: Artifact, snapshot: Snapshot, shard: ShardRecord, role: str, made: Snapshot
+) -> Iterator[Problem]:
+    theirs = {s.index: s for s in made.shards}.get(shard.index)
+    digests = {made.digest, theirs.digest if theirs else ""}
+    path = shard.files[0].path if shard.files else ""
+    if role in shard.parents and shard.parents[role] not in digests:
+        told = f"is stale: it was made from another {role} than shard {shard.index:05d} of {made.folder}"
+        yield artifact.problem(path, told, shard.index)
+    elif role == "data" and theirs and joins.ROW_ALIGNED & set(snapshot.columns):
+        yield from _misaligned(artifact, shard, theirs, path)
+
+
+def _misaligned(artifact: Artifact, shard: ShardRecord, theirs: ShardRecord, path: str) -> Iterator[Problem]:
+    if (shard.samples, shard.keys) != (theirs.samples, theirs.keys):
+        rows = f"{shard.samples} rows against {theirs.samples}, or another order"
+        yield artifact.problem(path, f"is not row-aligned with shard {shard.index:05d}: {rows}", shard.index)

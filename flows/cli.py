@@ -67,7 +67,11 @@ def parser() -> argparse.ArgumentParser:
     prepare = _command(
         commands, "prepare", _prepare, "preprocess alone: shards, and a column for each encoder given"
     )
-    prepare.add_argument("source", metavar="SRC", help="folder or table of image-text pairs")
+    prepare.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder, table or .tar archives ({00..99} in braces) of image-text pairs, here or at a URL such as s3://…",
+    )
     _common_options(prepare)
     _address(prepare)
     generate = _command(commands, "generate", _generate, "draw images for prompts with a finished run")
@@ -92,6 +96,20 @@ def parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("uri", metavar="URI")
     verify.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    verify.add_argument(
+        "--repair", action="store_true", help="make again what can be made again, then verify once more"
+    )
+    _address(verify)
+    index = _command(
+        commands, "index", _index, "write the index that another reader wants beside the shards of a data set"
+    )
+    index.add_argument("uri", metavar="URI", help="the folder of a shard artifact")
+    index.add_argument("--kind", required=True, choices=("wids", "sizes", "energon"), help="whose index")
+    index.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where it goes (default: a sub-folder that img2dataset does not look into)",
+    )
     report = _command(commands, "report", _report, "print the path of a run's page")
     report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     _root(report)
@@ -110,7 +128,9 @@ def _command(
 def _recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", metavar="RECIPE", help="a name from `darkroom recipes`")
     sub.add_argument(
-        "--data", metavar="SRC", help="folder or table of image-text pairs instead of the recipe's source"
+        "--data",
+        metavar="SRC",
+        help="folder, table or .tar archives of image-text pairs instead of the recipe's source, here or at a URL",
     )
     _common_options(sub)
 
@@ -124,6 +144,11 @@ def _common_options(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH=VALUE",
         help="change one setting; repeatable",
+    )
+    sub.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="attempt rows again that failed for a reason that may pass (a timeout, a busy server)",
     )
     sub.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else there")
     sub.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")
@@ -185,7 +210,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from flows.plan import make_plan
 
     recipe = recipes.with_data(recipes.edited(recipes.prepare(), arguments.assignments), arguments.source)
-    plan = make_plan(recipe, prepare_nodes(recipe), _checked_root(arguments.root))
+    nodes = prepare_nodes(recipe, retry_failed=arguments.retry_failed)
+    plan = make_plan(recipe, nodes, _checked_root(arguments.root))
+    if len(nodes) == 1:
+        sys.stderr.write(
+            "no encoder was given, so shards alone are written; --set clip.pretrained=… adds embeddings, "
+            "--set vae.pretrained=… latents\n"
+        )
     return _carry_out(plan, [stage.name for stage in plan.stages], arguments)
 
 
@@ -238,15 +269,34 @@ def _verify(arguments: argparse.Namespace) -> int:
     from data.verify import verify
     from flows import console
 
-    verdict = verify(arguments.uri.rstrip("/"))
+    verdict, mended = verify(arguments.uri.rstrip("/")), ()
+    if arguments.repair and not verdict.ok:
+        from stages.cluster import cluster
+        from stages.repair import repair
+
+        with console.quiet_stdout(), cluster(arguments.address):
+            repaired = repair(arguments.uri.rstrip("/"), found=verdict)
+        verdict, mended = repaired.verdict, repaired.mended
     if arguments.json:
-        _emit(verdict.model_dump(mode="json"))
-    else:
-        for problem in verdict.problems:
-            console.out.print(f"{problem.uri} {problem.problem}", soft_wrap=True, markup=False)
-        rows = f"{verdict.attempted} rows attempted = {verdict.written} written + {verdict.filtered} filtered + {verdict.failed} failed"
-        console.out.print(f"{'sound' if verdict.ok else f'{len(verdict.problems)} problems'}: {rows}")
+        extra = {"mended": [m.model_dump(mode="json") for m in mended]} if arguments.repair else {}
+        _emit(verdict.model_dump(mode="json") | extra)
+        return 0 if verdict.ok else 1
+    for file in mended:
+        console.out.print(f"{file.uri} {file.how}", soft_wrap=True, markup=False)
+    for problem in verdict.problems:
+        console.out.print(f"{problem.uri} {problem.problem}", soft_wrap=True, markup=False)
+    rows = f"{verdict.attempted} rows attempted = {verdict.written} written + {verdict.filtered} filtered + {verdict.failed} failed"
+    console.out.print(f"{'sound' if verdict.ok else f'{len(verdict.problems)} problems'}: {rows}")
     return 0 if verdict.ok else 1
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from data.indexes import write_index
+    from flows import console
+
+    path = write_index(arguments.uri.rstrip("/"), arguments.kind, arguments.out)
+    console.out.print(path, soft_wrap=True, markup=False)
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -278,7 +328,8 @@ def _recipe_plan(arguments: argparse.Namespace) -> Any:
 
     recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
     recipe = recipe if arguments.data is None else recipes.with_data(recipe, arguments.data)
-    return make_plan(recipe, unclip_nodes(recipe), _checked_root(arguments.root))
+    nodes = unclip_nodes(recipe, retry_failed=arguments.retry_failed)
+    return make_plan(recipe, nodes, _checked_root(arguments.root))
 
 
 def _refuse_missing_inputs(plan: Any, name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from data.config import Config
 from data.errors import UserError
@@ -26,6 +28,8 @@ class Node:
     stage: Stage
     config: Config
     inputs: Mapping[str, str | InputRef]
+    identities: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Of a listed source, `sources.row_identities`; the stage that reads one grows with it."""
 
     @property
     def name(self) -> str:
@@ -33,8 +37,11 @@ class Node:
         return self.stage.name
 
 
-def unclip_nodes(recipe: Recipe) -> list[Node]:
-    """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place."""
+def unclip_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
+    """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place.
+
+    `retry_failed`: rows that failed for a reason that may pass are attempted again, in new shards.
+    """
     _refuse_misfits(recipe)
     clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
     generation = recipe.evaluate.model_dump(include=set(GenerateConfig.model_fields))
@@ -49,7 +56,7 @@ def unclip_nodes(recipe: Recipe) -> list[Node]:
         "denoiser": "denoiser",
     }
     nodes = [
-        _shard(recipe),
+        _shard(recipe, retry_failed),
         *([_training(recipe, "clip", {"data": "shard"})] if clip == "clip" else []),
         Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": clip}),
         *([_training(recipe, "vae", {"data": "shard"})] if vae == "vae" else []),
@@ -67,9 +74,9 @@ def unclip_nodes(recipe: Recipe) -> list[Node]:
     return nodes
 
 
-def prepare_nodes(recipe: Recipe) -> list[Node]:
+def prepare_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
     """Shards alone, and a column for each encoder given by `clip.pretrained` and `vae.pretrained`."""
-    nodes = [_shard(recipe)]
+    nodes = [_shard(recipe, retry_failed)]
     if recipe.clip.pretrained:
         nodes.append(Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": _encoder(recipe, "clip")}))
     if recipe.vae.pretrained:
@@ -89,10 +96,12 @@ def check_columns(nodes: list[Node]) -> None:
         written |= node.stage.writes(node.config)
 
 
-def _shard(recipe: Recipe) -> Node:
+def _shard(recipe: Recipe, retry_failed: bool) -> Node:
     summary = describe(recipe.source)
-    config = ShardStageConfig(source=recipe.source, source_digest=summary.digest, shard=recipe.shard)
-    return Node(STAGES["shard"], config, {})
+    config = ShardStageConfig(
+        source=recipe.source, source_digest=summary.digest, shard=recipe.shard, retry_failed=retry_failed
+    )
+    return Node(STAGES["shard"], config, {}, summary.identities)
 
 
 def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -> Node:

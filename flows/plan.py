@@ -10,7 +10,9 @@ from data import storage
 from data.config import fingerprint, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import Snapshot, load_snapshot, snapshots
+from flows import lineage
 from flows.graph import Node
+from flows.lineage import Place
 from flows.recipes import Recipe
 from stages.contract import InputRef
 
@@ -22,8 +24,7 @@ SECTIONS = {"shard": "", "generate": "evaluate."}
 class PlannedStage:
     """One stage of a plan."""
 
-    node: Node
-    folder: str
+    place: Place
     fingerprint: str
     inputs: Mapping[str, InputRef]
     status: Literal["cached", "pending"]
@@ -31,6 +32,16 @@ class PlannedStage:
     seconds: float | None
     """cached: what it took; pending: an estimate, None where there is nothing to go by."""
     snapshot: Snapshot | None
+
+    @property
+    def node(self) -> Node:
+        """The stage with its config."""
+        return self.place.node
+
+    @property
+    def folder(self) -> str:
+        """Where its artifact lies, or will."""
+        return self.place.folder
 
     @property
     def name(self) -> str:
@@ -68,12 +79,25 @@ def make_plan(recipe: Recipe, nodes: list[Node], root: str) -> Plan:
     planned: dict[str, PlannedStage] = {}
     for node in nodes:
         inputs = {role: _resolve(ref, planned) for role, ref in node.inputs.items()}
-        identity = {role: ref.fingerprint for role, ref in inputs.items()}
-        name = fingerprint(node.stage.name, node.stage.version, result_fields(node.config), identity)
-        folder = storage.join(root, "store", node.name, name)
-        planned[node.name] = _look_up(recipe, node, folder, name, inputs, planned)
+        place = _place(node, root, inputs, planned)
+        planned[node.name] = _look_up(recipe, place, _name(place.node, inputs), inputs, planned)
     stages = tuple(planned.values())
     return Plan(recipe, root, f"{recipe.name}-{stages[-1].fingerprint[:8]}", stages)
+
+
+def _name(node: Node, inputs: Mapping[str, InputRef]) -> str:
+    identity = {role: ref.fingerprint for role, ref in inputs.items()}
+    return fingerprint(node.name, node.stage.version, result_fields(node.config), identity)
+
+
+def _place(
+    node: Node, root: str, inputs: Mapping[str, InputRef], planned: Mapping[str, PlannedStage]
+) -> Place:
+    if not node.stage.grows:
+        return Place(storage.join(root, "store", node.name, _name(node, inputs)), node)
+    if "data" not in inputs:
+        return lineage.of_shards(node, root)
+    return lineage.of_columns(node, root, inputs, planned[inputs["data"].stage].place)
 
 
 def _resolve(ref: str | InputRef, planned: Mapping[str, PlannedStage]) -> InputRef:
@@ -85,20 +109,25 @@ def _resolve(ref: str | InputRef, planned: Mapping[str, PlannedStage]) -> InputR
 
 def _look_up(
     recipe: Recipe,
-    node: Node,
-    folder: str,
+    place: Place,
     name: str,
     inputs: Mapping[str, InputRef],
     planned: Mapping[str, PlannedStage],
 ) -> PlannedStage:
+    node, folder = place.node, place.folder
     snapshot, damage = _load(folder, name)
     stale = snapshot and _stale(snapshot, inputs, planned)
     if snapshot and not stale:
-        return PlannedStage(node, folder, name, inputs, "cached", "", snapshot.seconds, snapshot)
+        return PlannedStage(place, name, inputs, "cached", "", snapshot.seconds, snapshot)
     earlier = _nearest(node, folder, inputs)
-    reason = damage or stale or _resumes(folder) or _changes(node, inputs, earlier)
+    grows = (
+        (place.reason or "new shards") if node.stage.grows and earlier and earlier.folder == folder else ""
+    )
+    reason = damage or stale or grows or _resumes(folder) or _changes(node, inputs, earlier)
     seconds = _estimate(recipe, node, earlier)
-    return PlannedStage(node, folder, name, inputs, "pending", reason, seconds, None)
+    if grows and earlier and seconds is not None:
+        seconds *= max(1, place.new_shards) / max(1, len(earlier.shards))
+    return PlannedStage(place, name, inputs, "pending", reason, seconds, None)
 
 
 def _load(folder: str, name: str) -> tuple[Snapshot | None, str]:

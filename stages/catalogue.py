@@ -31,6 +31,7 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
     with lease(
         spec.folder,
         waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
+        patience=spec.fanout.lease_seconds,
     ):
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
         made = load_snapshot(spec.folder, spec.fingerprint)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from data import manifest
 from data.config import Config, operational, result_fields
 from data.errors import CorruptArtifact
-from data.manifest import FileRecord, ShardRecord, Snapshot
+from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot
 
 Inputs = Mapping[str, Snapshot]
 """role -> snapshot, as the plan wired them: {"data": …, "clip": …}."""
@@ -28,6 +28,9 @@ class FanoutConfig(Config):
         3, ge=1, description="times that a shard may kill its worker before it is quarantined"
     )
     stall_seconds: float = operational(1800.0, gt=0, description="fail when no shard finishes for this long")
+    lease_seconds: float = operational(
+        86_400.0, gt=0, description="wait this long for another run that builds the same artifact, then fail"
+    )
 
 
 class Progress(Protocol):
@@ -98,6 +101,8 @@ class Stage:
     """config -> columns added."""
     config: type[Config]
     run: Callable[[Any, Inputs, Workspace], Snapshot]
+    grows: bool = False
+    """Its artifact gains shards as its data does: its folder is named by all that made it but the data's state."""
 
 
 def commit(
@@ -109,6 +114,7 @@ def commit(
     started: float,
     shards: tuple[ShardRecord, ...] = (),
     files: tuple[FileRecord, ...] = (),
+    superseded: Ledger | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Snapshot:
     """Publishes the stage's snapshot, last of all, and returns it. `started` is `time.monotonic()` at the stage's start."""
@@ -121,6 +127,7 @@ def commit(
         parents={role: parent.as_parent() for role, parent in inputs.items()},
         shards=shards,
         files=files,
+        superseded=superseded or Ledger(),
         facts=facts or {},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,14 @@ import torch
 from pydantic import Field
 
 from data import columns, storage
-from data.config import Config
-from data.images import decode
+from data.config import Config, operational
 from data.manifest import ShardRecord, Snapshot, file_record
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
+from stages.overlap import Batch, decoded, fetched
 from training.distributed import device
-from training.encoders import ClipEncoder
+from training.encoders import ClipEncoder, Precision
 
 COLUMNS = frozenset({"img_emb", "text_emb", "text_hidden"})
 EMPTY = ("empty/text_emb.npy", "empty/text_hidden.npy")
@@ -33,6 +34,10 @@ class EmbedConfig(Config):
     """How embeddings are computed; the encoder itself is an input."""
 
     batch_size: int = Field(128, ge=1, description="samples per forward pass")
+    precision: Precision = Field("fp32", description="of weights and activations; bf16 and fp16 are for GPUs")
+    decode_threads: int | None = operational(
+        None, ge=1, description="threads per actor that decode pictures; None: its share of the CPUs"
+    )
 
 
 def run(config: EmbedConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
@@ -58,18 +63,19 @@ class Embedding:
     """The per-shard function, with CLIP loaded once."""
 
     def __init__(self, clip: str, data: str, config: EmbedConfig) -> None:
-        self.clip = ClipEncoder.load(clip, device())
+        self.device = device()
+        self.clip = ClipEncoder.load(clip, self.device, config.precision)
         self.data, self.config = data, config
 
     def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
         shard: ShardRecord = task.payload["shard"]
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
-            parts = list(self._embed(reader))
             captions = [reader.caption(row) for row in range(len(reader))]
+            img_emb, text_emb, hidden = self.embed(reader, captions)
             files = (
-                columns.write_array(folder, "img_emb", shard.index, np.concatenate([p[0] for p in parts])),
-                columns.write_array(folder, "text_emb", shard.index, np.concatenate([p[1] for p in parts])),
-                *columns.write_ragged(folder, "text_hidden", shard.index, [h for p in parts for h in p[2]]),
+                columns.write_array(folder, "img_emb", shard.index, img_emb),
+                columns.write_array(folder, "text_emb", shard.index, text_emb),
+                *columns.write_ragged(folder, "text_hidden", shard.index, hidden),
                 columns.write_metadata(folder, shard.index, reader.keys, captions),
             )
         if task.payload["first"]:
@@ -78,18 +84,25 @@ class Embedding:
             index=shard.index, samples=shard.samples, keys=shard.keys, files=files, parents=dict(task.parents)
         )
 
-    def _embed(self, reader: ShardReader) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
-        for start in range(0, len(reader), self.config.batch_size):
-            rows = range(start, min(start + self.config.batch_size, len(reader)))
-            images = self._images([decode(reader.image(row)) for row in rows])
-            text_emb, hidden = self.clip.text([reader.caption(row) for row in rows])
-            yield images.cpu().numpy(), text_emb.cpu().numpy(), [_numpy(h) for h in hidden]
+    def embed(
+        self, reader: ShardReader, captions: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Image and text embeddings (n, D) float16 of a shard's samples, and per sample its hidden states (T, W) float16."""
+        images, texts, hidden = [], [], []
+        with closing(
+            decoded(reader, self.config.batch_size, self.device, self.config.decode_threads)
+        ) as batches:
+            for image, text, states, lengths in fetched(self._launched(b, captions) for b in batches):
+                images.append(image)
+                texts.append(text)
+                hidden += np.split(states, np.cumsum(lengths)[:-1])
+        return np.concatenate(images), np.concatenate(texts), hidden
 
-    def _images(self, images: list[np.ndarray]) -> torch.Tensor:
-        """(B, D) of pictures (H, W, 3); those of one size in one pass."""
-        if len({image.shape for image in images}) == 1:
-            return self.clip.image(_pixels(np.stack(images)))
-        return torch.cat([self.clip.image(_pixels(image[None])) for image in images])
+    def _launched(self, batch: Batch, captions: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """Embeddings (B, D) twice and states (sum of T, W), float16 and perhaps still in the making; each T (B,) int64."""
+        image = self.clip.image(batch.pixels)
+        text, states, lengths = self.clip.ragged_text([captions[row] for row in batch.rows])
+        return image.half(), text.half(), states.half(), torch.tensor(lengths)
 
     def _write_empty(self, folder: str) -> None:
         text_emb, hidden = self.clip.text([""])
@@ -97,10 +110,6 @@ class Embedding:
             buffer = io.BytesIO()
             np.save(buffer, values.astype("<f4"), allow_pickle=False)
             storage.write_bytes(storage.join(folder, path), buffer.getvalue())
-
-
-def _pixels(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -118,4 +127,5 @@ STAGE = Stage(
     writes=_columns,
     config=EmbedConfig,
     run=run,
+    grows=True,
 )

@@ -65,7 +65,7 @@ def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> l
     payloads: list[tuple[dict[str, Any], int]] = [
         ({"kind": "fake", "block": shard.index}, shard.samples) for shard in inputs["generate"].shards
     ]
-    total, chosen = inputs["data"].samples, _real_rows(config, inputs)
+    total, chosen = _count(inputs), _real_rows(config, inputs)
     for start in range(0, len(chosen), BLOCK):
         rows = chosen[start : start + BLOCK].tolist()
         payloads.append(({"kind": "real", "rows": rows}, len(rows)))
@@ -200,7 +200,7 @@ def _protocol(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "extractor": inputs["clip"].digest,
         "reference": inputs["data"].digest,
-        "reference_samples": inputs["data"].samples,
+        "reference_samples": _count(inputs),
         "generate": inputs["generate"].config,
         "prompts": next(f.sha256 for f in inputs["generate"].files if f.path.endswith("prompts.jsonl")),
         "weights": {role: inputs[role].digest for role in ("vae", "prior", "denoiser")} | {"averaged": True},
@@ -209,8 +209,13 @@ def _protocol(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def _real_rows(config: EvaluateConfig, inputs: Inputs) -> np.ndarray:
-    total = inputs["data"].samples
+    total = _count(inputs)
     return np.linspace(0, total - 1, min(total, config.reconstruction_images)).round().astype(int)
+
+
+def _count(inputs: Inputs) -> int:
+    """Samples that count: all, less those that `embed.min_clip_score` leaves out."""
+    return len(ColumnSet([inputs["data"], inputs["embed"]]))
 
 
 def _stored(folder: str, name: str, records: Sequence[ShardRecord]) -> np.ndarray:

@@ -73,10 +73,10 @@ def map_shards(
 
 
 def finished(tasks: Sequence[ShardTask], folder: str) -> dict[int, ShardRecord]:
-    """index -> receipt, of the tasks whose receipt is there and names the same parents."""
+    """index -> receipt, of the tasks whose receipt is there and names their parents; it may name more."""
     receipts = {task.index: manifest.load_receipt(folder, task.index) for task in tasks}
     return {
-        t.index: r for t in tasks if (r := receipts[t.index]) is not None and r.parents == dict(t.parents)
+        t.index: r for t in tasks if (r := receipts[t.index]) and dict(t.parents).items() <= r.parents.items()
     }
 
 

@@ -1,18 +1,26 @@
-"""Source rows -> WebDataset shards with a ledger of every attempted row."""
+"""Source rows -> WebDataset shards with a ledger of every attempted row; a source that grew gets new shards behind the old."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from data import sources, storage
-from data.config import Config
-from data.errors import StageFailed, UserError
-from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, file_record
-from data.shards import ShardConfig, write_shard
+from data import growth, sources, storage
+from data.config import Config, fingerprint, operational
+from data.duplicates import repeats
+from data.errors import CorruptArtifact, StageFailed, UserError
+from data.growth import FAILED, FILTERED, WRITTEN, Growth, KnownRows
+from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, file_record, load_snapshot, snapshots
+from data.originals import is_retryable
+from data.shards import ShardConfig, drop_repeats, write_shard
 from data.sources import Row, SourceConfig
 from stages import prompts
 from stages.contract import Inputs, Stage, Workspace, commit
@@ -22,31 +30,118 @@ from stages.fanout import ShardTask, map_shards
 class ShardStageConfig(Config):
     """What is sharded, and how."""
 
-    source: SourceConfig
-    source_digest: str
-    """Content of the source when the plan was made."""
+    source: SourceConfig = operational(
+        SourceConfig(), description="where the rows are; their content is in the digest"
+    )
+    source_digest: str = Field(description="content of the source when the plan was made")
     shard: ShardConfig
+    after: str = Field("", description="fingerprint of the snapshot whose shards come first; empty: none")
+    retry_failed: bool = Field(False, description="attempt again what failed for a reason that may pass")
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """What is there already, and which rows of the source come behind it."""
+
+    before: Snapshot | None
+    known: KnownRows
+    change: Growth
+    rows: list[Row]
+    identities: np.ndarray
+
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """The shards that stay as they are."""
+        return self.before.shards if self.before else ()
 
 
 def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
-    """Writes every shard, checks `max_failed_fraction`, and commits. Shard i holds rows [i*n, (i+1)*n) of the source."""
+    """Writes every new shard, checks `max_failed_fraction`, and commits.
+
+    Without `after`, shard i holds rows [i*n, (i+1)*n) of the source; with it, rows that its snapshot does not know fill
+    further shards in the same way, and its own shards stay as they are.
+    """
     started = time.monotonic()
-    scratch = storage.join(workspace.folder, "_source")
-    source = (
-        sources.materialise(config.source, storage.local_path(scratch))
-        if storage.is_local(scratch)
-        else config.source
-    )
-    rows = sources.list_rows(source)
-    size = config.shard.samples_per_shard
-    tasks = [
-        ShardTask(index, chunk, {"source": config.source_digest}, len(chunk))
-        for index, chunk in enumerate(rows[at : at + size] for at in range(0, len(rows), size))
-    ]
-    records = map_shards(ShardWriting, {"config": config.shard}, tasks, workspace)
-    _check_failures(config, records, workspace.folder)
+    source = _materialised(config.source, workspace.folder)
+    extent = _extent(config, source, workspace.folder)
+    tasks = _tasks(config, extent)
+    made = map_shards(ShardWriting, {"config": config.shard}, tasks, workspace)
+    made = _without_repeats(config, extent, tasks, made, workspace)
+    outcomes = [outcome for record in made for outcome in _outcomes(workspace.folder, record)]
+    known = growth.grown(extent.known, extent.change, extent.identities, outcomes)
+    shards = (*extent.shards, *made)
+    _check_failures(config, shards, known.superseded, workspace.folder)
     files = _carry_prompts(source, workspace.folder)
-    return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files)
+    if not sources.is_builtin(
+        config.source
+    ):  # a built-in dataset never grows, and its files' times mean nothing
+        files = (*files, growth.save(workspace.folder, workspace.fingerprint, known))
+    return commit(
+        STAGE,
+        config,
+        inputs,
+        workspace,
+        started=started,
+        shards=shards,
+        files=files,
+        superseded=known.superseded,
+        facts={"reasons": list(known.reasons), "source": config.source.model_dump(mode="json")},
+    )
+
+
+def again(known: KnownRows) -> np.ndarray:
+    """Positions of the known rows that `retry_failed` attempts anew: they failed for a reason that may pass."""
+    return known.of_reasons({reason for reason in known.reasons if is_retryable(reason)})
+
+
+def _materialised(source: SourceConfig, folder: str) -> SourceConfig:
+    """The source as files; a built-in one is drawn beside the shards, or on this machine when they lie elsewhere."""
+    beside = storage.is_local(folder)
+    home = (
+        storage.local_path(folder) / "_source" if beside else Path(tempfile.gettempdir(), "darkroom-source")
+    )
+    return sources.materialise(source, home)
+
+
+def _extent(config: ShardStageConfig, source: SourceConfig, folder: str) -> Extent:
+    rows = sources.list_rows(source)
+    identities = sources.row_identities(rows)
+    if not sources.is_builtin(config.source) and sources.digest_of(identities) != config.source_digest:
+        raise StageFailed(f"{_name(config)} changed while the run was starting; run the same command again")
+    before = load_snapshot(folder, config.after) if config.after else None
+    if config.after and before is None:
+        raise CorruptArtifact(f"{folder} has no snapshot {config.after}: run the same command again")
+    if max((len(made.shards) for made in snapshots(folder)), default=0) > len(
+        before.shards if before else ()
+    ):
+        raise StageFailed(f"{folder} grew while the run was starting; run the same command again")
+    known = growth.load(before) if before else growth.nothing_known()
+    change = growth.growth(known, identities, again(known) if config.retry_failed else ())
+    assert change is not None, f"the plan extends {config.after}, whose rows are not all in the source"
+    return Extent(before, known, change, rows, identities)
+
+
+def _tasks(config: ShardStageConfig, extent: Extent) -> list[ShardTask]:
+    size, first = config.shard.samples_per_shard, len(extent.shards)
+    tasks = []
+    for index, at in enumerate(range(0, len(extent.change.new), size), start=first):
+        positions = extent.change.new[at : at + size]
+        content = fingerprint(extent.identities[positions].tolist())
+        if sources.is_builtin(config.source):
+            content = fingerprint(config.source_digest, index)
+        rows = [extent.rows[position] for position in positions]
+        tasks.append(ShardTask(index, rows, {"source": content}, len(rows)))
+    return tasks
+
+
+def _outcomes(folder: str, record: ShardRecord) -> Iterator[tuple[int, str]]:
+    """(state, reason) of each row of a shard, in order."""
+    if record.ledger.written == record.ledger.attempted:
+        yield from [(WRITTEN, "")] * record.ledger.written
+        return
+    for row in _table(folder, record, ["status", "error_class"]).to_pylist():
+        failed = FAILED if row["status"].startswith("failed") else FILTERED
+        yield (WRITTEN, "") if row["status"] == "success" else (failed, row["error_class"])
 
 
 @dataclass(frozen=True)
@@ -61,8 +156,43 @@ class ShardWriting:
         return record.model_copy(update={"parents": dict(task.parents)})
 
 
-def _check_failures(config: ShardStageConfig, records: Sequence[ShardRecord], folder: str) -> None:
-    ledger = sum((record.ledger for record in records), Ledger())
+class RepeatDropping:
+    """The per-shard function of the second pass: a shard without the pictures that earlier shards, or it, already have."""
+
+    def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
+        record = drop_repeats(folder, task.index, task.payload)
+        return record.model_copy(update={"parents": dict(task.parents)})
+
+
+def _without_repeats(
+    config: ShardStageConfig,
+    extent: Extent,
+    tasks: Sequence[ShardTask],
+    made: Sequence[ShardRecord],
+    workspace: Workspace,
+) -> tuple[ShardRecord, ...]:
+    """The new shards' records after duplicates are filtered; earlier shards stay as they are."""
+    if config.shard.deduplicate == "no":
+        return tuple(made)
+    columns = ["key", "status", "error_class", "sha256", "phash"]
+    tables = [_table(workspace.folder, record, columns) for record in (*extent.shards, *made)]
+    distance = config.shard.near_distance if config.shard.deduplicate == "near" else None
+    found = repeats(tables, distance)[len(extent.shards) :]
+    again = [
+        ShardTask(
+            task.index, drop, {**task.parents, "repeats": fingerprint([r.key for r in drop])}, task.weight
+        )
+        for task, drop in zip(tasks, found, strict=True)
+        if drop
+    ]
+    settled = {record.index: record for record in map_shards(RepeatDropping, {}, again, workspace)}
+    return tuple(settled.get(record.index, record) for record in made)
+
+
+def _check_failures(
+    config: ShardStageConfig, records: Sequence[ShardRecord], superseded: Ledger, folder: str
+) -> None:
+    ledger = sum((record.ledger for record in records), Ledger()) - superseded
     failed = sum(ledger.failed.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in {**ledger.failed, **ledger.filtered}.items())
     if ledger.written == 0:
@@ -80,11 +210,15 @@ def _failed_rows(folder: str, records: Sequence[ShardRecord], *, limit: int) -> 
     for record in records:
         if not record.ledger.failed or limit <= 0:
             continue
-        with storage.open_read(storage.join(folder, f"{record.index:05d}.parquet")) as stream:
-            rows = pq.read_table(stream, columns=["source_id", "status", "error_message"]).to_pylist()
+        rows = _table(folder, record, ["source_id", "status", "error_message"]).to_pylist()
         failed = [row for row in rows if row["status"].startswith("failed")][:limit]
         limit -= len(failed)
         yield from ((row["source_id"], row["error_message"]) for row in failed)
+
+
+def _table(folder: str, record: ShardRecord, columns: list[str]) -> pa.Table:
+    with storage.open_read(storage.join(folder, f"{record.index:05d}.parquet")) as stream:
+        return pq.read_table(stream, columns=columns)
 
 
 def _carry_prompts(source: SourceConfig, folder: str) -> tuple[FileRecord, ...]:
@@ -101,9 +235,10 @@ def _name(config: ShardStageConfig) -> str:
 
 STAGE = Stage(
     name="shard",
-    version=1,
+    version=2,
     reads=lambda _: frozenset(),
     writes=lambda _: frozenset({"image", "caption"}),
     config=ShardStageConfig,
     run=run,
+    grows=True,
 )

@@ -111,6 +111,19 @@ def test_published_encoders_prepare_another_folder_alone(undisturbed, darkroom, 
         "metadata_00000.parquet",
         "vae_moments_00000.npy",
     } <= names
+    before = columns_of(tmp_path)
+
+    more = darkroom(
+        "prepare", str(pictures), "--json", root=tmp_path, settings=settings | {"source.limit": 70}
+    )
+    assert [stage["uri"] for stage in result(more)["stages"]] == [s["uri"] for s in prepared["stages"]]
+    after = columns_of(tmp_path)
+    assert {name: after[name] for name in before} == before, "what was there is untouched"
+    assert {Path(name).name for name in set(after) - set(before)} >= {
+        "00001.tar",
+        "img_emb_00001.npy",
+        "vae_moments_00001.npy",
+    }
 
 
 def test_generate_draws_the_same_picture_for_the_same_seed(undisturbed, tmp_path, darkroom):

@@ -271,6 +271,41 @@ def test_a_cut_original_does_not_pass_through() -> None:
     assert _reason(payload, ImageRules(resize="no")) == ("truncated", False)
 
 
+def test_damage_that_pillow_overlooks_is_refused() -> None:
+    whole = _saved(_noise(64, 64), "JPEG")
+    damaged = whole[:2000] + b"\xff\xd3" + whole[2002:]
+    assert _pixels(damaged).shape == (64, 64, 3)
+    for rules in (AS_IT_IS, ImageRules(image_size=16), ImageRules(resize="no")):
+        assert _reason(damaged, rules) == ("corrupt_image", False)
+    with pytest.raises(SampleError):
+        decode(damaged)
+
+
+def test_a_png_that_lacks_rows_is_refused() -> None:
+    rows = (b"\0" + bytes([200] * 48)) * 16
+    header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0))
+    for kept, lacks in [(16, False), (15, True), (1, True)]:
+        pixels = _png_chunk(b"IDAT", zlib.compress(rows[: kept * 49]))
+        payload = b"\x89PNG\r\n\x1a\n" + header + pixels + _png_chunk(b"IEND", b"")
+        if lacks:
+            assert _reason(payload) == ("truncated", False)
+        else:
+            assert (_pixels(prepare(payload, AS_IT_IS).payload) == 200).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("resize", ["center_crop", "border", "keep_ratio", "bucket", "no"])
+def test_a_jpeg_gives_what_a_png_of_the_same_pixels_gives(resize: Any, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = _saved(_noise(45, 70).resize((140, 90)), "JPEG", exif=exif, subsampling=2)
+    png = _saved(Image.fromarray(_pixels(jpeg)), "PNG", exif=exif)
+    rules = ImageRules(resize=resize, image_size=64, encode_format="png")
+    fast, plain = prepare(jpeg, rules), prepare(png, rules)
+    assert (fast.width, fast.height, fast.exif) == (plain.width, plain.height, plain.exif)
+    np.testing.assert_array_equal(_pixels(fast.payload), _pixels(plain.payload))
+
+
 def test_a_large_jpeg_is_reduced_while_decoding_without_visible_loss() -> None:
     y, x = np.mgrid[0:1200, 0:1600].astype(np.float64)
     waves = np.stack([127 + 120 * np.sin(x / 37 + y / 53), 255 * x / 1600, 127 + 100 * np.cos(y / 21)], -1)

@@ -17,6 +17,7 @@ import pytest
 
 from data import lease as leases
 from data import storage
+from data.errors import LeaseHeld
 from data.lease import EXPIRY_SECONDS, Owner, lease
 
 CHECKOUT = Path(__file__).parents[2]
@@ -178,3 +179,13 @@ def test_eight_processes_some_of_which_are_killed_never_overlap(tmp_path: Path) 
     dead = {str(child.pid) for child, fate in zip(children, fates, strict=True) if fate == "dies"}
     unstopped = [lines[at][1] for at in starts if ["stop", lines[at][1]] != [*lines, []][at + 1]]
     assert sorted(unstopped) == sorted(dead), "only who was killed inside the block did not stop"
+
+
+def test_patience_ends_and_names_who_holds_the_lease(tmp_path):
+    with ExitStack() as stack:
+        child, _ = _holder(stack, tmp_path)
+        with (
+            pytest.raises(LeaseHeld, match=f"process {child.pid} on .* 0.1 s"),
+            lease(str(tmp_path), patience=0.1),
+        ):
+            raise AssertionError("the lease was given twice")

@@ -316,3 +316,29 @@ def test_prefetching_runs_ahead_by_its_depth_and_stops_with_its_consumer() -> No
     assert made == [0, 1, 2, 3, 4], "one was taken, three are queued, one waits for its place"
     stream.close()
     assert _stop_within(2)
+
+
+def test_rows_that_kept_leaves_out_are_passed_over_in_every_column(tmp_path):
+    data = _shards(tmp_path, {})
+    kept = np.arange(COUNT) % 3 != 0
+    parts = [kept[i : i + PER_SHARD] for i in range(0, COUNT, PER_SHARD)]
+    records = tuple(
+        shard.model_copy(
+            update={"files": (columns.write_array(str(tmp_path / "e"), "kept", shard.index, part),)}
+        )
+        for shard, part in zip(data.shards, parts, strict=True)
+    )
+    scores = data.model_copy(
+        update={"stage": "embed", "columns": ("kept",), "shards": records, "folder": str(tmp_path / "e")}
+    )
+    chosen = ColumnSet([data, scores])
+    assert chosen.captions(range(len(chosen))) == [f"picture {i}" for i in np.flatnonzero(kept)]
+    assert (chosen.rows("image", [0])[0] == _pixels(1)).all()
+    nothing = tuple(
+        shard.model_copy(
+            update={"files": (columns.write_array(str(tmp_path / "n"), "kept", shard.index, part & False),)}
+        )
+        for shard, part in zip(data.shards, parts, strict=True)
+    )
+    with pytest.raises(UserError, match="min_clip_score leaves no sample"):
+        ColumnSet([data, scores.model_copy(update={"shards": nothing, "folder": str(tmp_path / "n")})])

@@ -154,7 +154,8 @@ def test_a_snapshots_ledger_and_samples_are_the_sums_over_its_shards() -> None:
 
 def test_a_files_record_is_its_size_and_digest(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"12345")
-    expected = FileRecord(path="a.bin", bytes=5, sha256=hashlib.sha256(b"12345").hexdigest())
+    digest = hashlib.sha256(b"12345").hexdigest()
+    expected = FileRecord(path="a.bin", bytes=5, sha256=digest, blocks="cbf53a1c")
     assert manifest.file_record(str(tmp_path), "a.bin") == expected
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import sources
+from data import sources, storage
 from data.errors import UserError
-from data.sources import Row, SourceConfig, list_rows
+from data.originals import Originals
+from data.rows import Cell, Row
+from data.sources import SourceConfig, list_rows
 
 
 def _write(path: Path, content: str | bytes) -> Path:
@@ -61,18 +66,21 @@ def test_a_folder_of_pairs_is_listed_by_sorted_relative_path(tmp_path: Path) -> 
     assert _reasons(rows) == [None, None, "invalid_utf8"]
 
 
-def test_a_table_may_name_relative_absolute_and_object_store_places(tmp_path: Path) -> None:
-    names = ["x.png", "/data/y.png", "s3://bucket/z.png", "https://example.org/w.png", "../v.png"]
-    table = _write(tmp_path / "pairs.tsv", "url\tcaption\n" + "".join(f"{name}\tc\n" for name in names))
+def test_a_table_may_name_relative_absolute_object_store_and_web_places(tmp_path: Path) -> None:
+    places = {
+        "x.png": (str(tmp_path / "x.png"), None),
+        "/data/y.png": ("/data/y.png", None),
+        "s3://bucket/z.png": ("s3://bucket/z.png", None),
+        "https://example.org/w.png?size=1": ("https://example.org/w.png?size=1", None),
+        "../v.png": ("", "path_escapes_source"),
+        "ftp://example.org/u.png": ("", "unsupported_url"),
+        "simplecache::https://example.org/t.png": ("", "unsupported_url"),
+        "nowhere://bucket/s.png": ("", "unsupported_url"),
+    }
+    table = _write(tmp_path / "pairs.tsv", "url\tcaption\n" + "".join(f"{place}\tc\n" for place in places))
     rows = _rows(table)
-    assert [row.image for row in rows] == [
-        str(tmp_path / "x.png"),
-        "/data/y.png",
-        "s3://bucket/z.png",
-        "",
-        "",
-    ]
-    assert _reasons(rows) == [None, None, None, "unsupported_url", "path_escapes_source"]
+    assert [(row.image, row.defect and row.defect[0]) for row in rows] == list(places.values())
+    assert [row.source_id for row in rows] == list(places)
 
 
 def test_a_parquet_table_gives_its_text_columns(tmp_path: Path) -> None:
@@ -166,7 +174,12 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
     [
         ({}, {"path": "absent"}, "absent does not exist: give an existing folder"),
         ({}, {"path": None}, "no source was given"),
-        ({}, {"path": "s3://bucket/pairs.csv"}, "is a URL"),
+        ({}, {"path": "https://example.org/pairs.parquet"}, "is a web address: copy the table"),
+        ({}, {"path": "nowhere://bucket/pairs.csv"}, "cannot be read .*Protocol not known"),
+        ({}, {"path": "memory://no-such-folder"}, "does not exist"),
+        ({"a.png": "x", "b.tar": "x"}, {"path": "."}, "holds images and .tar archives: set source.kind="),
+        ({"a.png": "x"}, {"path": ".", "kind": "webdataset"}, "holds no .tar"),
+        ({"a.csv": "path,text\n"}, {"path": "a.csv", "kind": "webdataset"}, "is a file"),
         ({}, {"path": "."}, "has no rows"),
         ({"metadata.jsonl": "\n\n"}, {"path": "."}, "has no rows"),
         ({"metadata.jsonl": "not json\n{]\n"}, {"path": "."}, "not one row of .*metadata.jsonl can be read"),
@@ -196,6 +209,104 @@ def test_a_source_that_cannot_be_listed_gets_one_clear_sentence(
     with pytest.raises(UserError, match=sentence) as caught:
         sources.describe(SourceConfig.model_validate(fields))
     assert "\n" not in str(caught.value)
+
+
+def _cells(path: Path, count: int, **columns: list[Any]) -> Path:
+    images = [{"bytes": f"{path.name} {i}".encode() * 100, "path": f"{i}.png"} for i in range(count)]
+    table = {"image": images, "text": [f"caption {i}" for i in range(count)], "id": list(range(count))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table | columns), path, compression="none", use_dictionary=False)
+    return path
+
+
+def test_the_images_of_a_parquet_are_listed_without_being_read(tmp_path: Path) -> None:
+    file = _cells(tmp_path / "train.parquet", 3)
+    content = file.read_bytes()
+    rows = _rows(file)
+    assert [(row.source_id, row.caption, row.within) for row in rows] == [
+        (f"train.parquet:{i + 1}", f"caption {i}", Cell(i, "image")) for i in range(3)
+    ]
+    at = content.index(b"train.parquet 0") - 60
+    file.write_bytes(content[:at] + b"\xff" * 600 + content[at + 600 :])
+    assert [row.caption for row in _rows(file)] == [row.caption for row in rows]
+    with Originals(1000) as originals:
+        assert [getattr(original, "reason", None) for original in originals.read_all(rows)] == [
+            "unreadable"
+        ] * 3
+
+
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    for part in range(2):
+        _cells(tmp_path / "data" / f"train-{part}.parquet", 2)
+    pq.write_table(pa.table({"url": ["https://example.org/x.png"], "text": ["x"]}), tmp_path / "urls.parquet")
+    _write(tmp_path / "README.md", "---")
+    rows = _rows(tmp_path)
+    assert [row.source_id for row in rows] == [
+        *[f"data/train-{part}.parquet:{i}" for part in range(2) for i in (1, 2)],
+        "https://example.org/x.png",
+    ]
+    assert [row.index for row in rows] == list(range(5)) and rows == _rows(tmp_path, kind="table")
+    with Originals(10_000) as originals:
+        assert list(originals.read_all(rows[1:3])) == [b"train-0.parquet 1" * 100, b"train-1.parquet 0" * 100]
+
+
+def test_the_column_of_image_bytes_can_be_named(tmp_path: Path) -> None:
+    file = _cells(tmp_path / "a.parquet", 2, mask=[b"m0", b"m1"])
+    rows = _rows(file, image_column="mask", caption_column="id")
+    assert [(row.caption, row.within) for row in rows] == [("0", Cell(0, "mask")), ("1", Cell(1, "mask"))]
+    with pytest.raises(UserError, match="lacks the column 'masks'"):
+        _rows(file, image_column="masks")
+
+
+def test_a_folder_in_an_object_store_is_listed_like_one_here(tmp_path: Path) -> None:
+    url = f"memory://sources-{uuid4().hex}"
+    files = {"b/2.JPG": "x", "a.png": "x", "a.txt": "first", "b/.hidden.png": "x", ".cache/y.png": "x"}
+    for name, content in files.items():
+        _write(tmp_path / name, content)
+        storage.write_bytes(f"{url}/{name}", content.encode())
+    here, there = _rows(tmp_path), list_rows(SourceConfig(path=f"{url}/"))
+    assert [row.source_id for row in here] == [row.source_id for row in there] == ["a.png", "b/2.JPG"]
+    assert [row.image for row in there] == [f"{url}/a.png", f"{url}/b/2.JPG"]
+    assert [row.caption_url for row in there] == [f"{url}/a.txt", None]
+    with Originals(1000) as originals:
+        assert [row.caption for row in originals.with_captions(there)] == [row.caption for row in here]
+
+
+def test_metadata_and_tables_in_an_object_store_name_what_lies_beside_them() -> None:
+    url = f"memory://sources-{uuid4().hex}"
+    storage.write_bytes(f"{url}/metadata.csv", b"file_name,text\nx/a.png,c\n../b.png,c\n/c.png,c\n")
+    storage.write_bytes(f"{url}/x/a.png", b"x")
+    folder, table = (list_rows(SourceConfig(path=path)) for path in (url, f"{url}/metadata.csv"))
+    assert [row.image for row in folder] == [row.image for row in table] == [f"{url}/x/a.png", "", ""]
+    assert _reasons(folder) == _reasons(table) == [None, "path_escapes_source", "path_escapes_source"]
+    assert folder[0].stamp is not None and table[0].stamp is None
+    storage.write_bytes(f"{url}/prompts.jsonl", b'{"text": "a cat"}')
+    assert [prompt.text for prompt in sources.prompts(SourceConfig(path=url))] == ["a cat"]
+    assert [prompt.text for prompt in sources.prompts(SourceConfig(path=f"{url}/metadata.csv"))] == ["a cat"]
+
+
+def test_an_archive_beside_the_images_is_left_out_when_the_kind_is_given(tmp_path: Path) -> None:
+    _write(tmp_path / "a.png", "x")
+    _write(tmp_path / "b.tar", bytes(10_240))
+    assert [row.source_id for row in _rows(tmp_path, kind="folder")] == ["a.png"]
+    with pytest.raises(UserError, match="has no rows"):
+        _rows(tmp_path, kind="webdataset")
+
+
+def test_an_identity_follows_what_a_row_says_and_what_its_file_shows() -> None:
+    row = Row(3, "/x/a.png", "caption", "a.png", stamp="5-1")
+    others = [
+        replace(row, caption="Caption"),
+        replace(row, caption=None),
+        replace(row, caption=""),
+        replace(row, source_id="b.png"),
+        replace(row, stamp="5-2"),
+        replace(row, stamp=None),
+        replace(row, defect=("missing_image", "x")),
+    ]
+    assert len({sources.row_identity(other) for other in [row, *others]}) == 8
+    elsewhere = replace(row, index=9, image="/y/a.png")
+    assert sources.row_identities([row, elsewhere]).tolist() == [sources.row_identity(row)] * 2
 
 
 def test_the_digest_follows_content_and_not_place(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 
 from data import storage
+from data.storage import Entry
 
 CHECKOUT = Path(__file__).parents[2]
 ROUNDS = 5
@@ -66,6 +67,44 @@ def test_a_finished_file_is_moved_to_its_place(folder: str, tmp_path: Path) -> N
     storage.publish_file(draft, url)
     assert not draft.exists() and storage.sha256(url)[0] == 3_000_000
     assert storage.list_files(storage.join(folder, "final")) == ["file"]
+
+
+def test_a_tree_is_listed_at_once_with_what_shows_that_a_file_changed(folder: str) -> None:
+    for name in ("b/2", "b/10", "a", "b/.hidden", ".cache/x", "ab/c/d"):
+        storage.write_bytes(storage.join(folder, name), b"x")
+    entries = storage.list_tree(folder)
+    assert [entry.name for entry in entries] == ["a", "ab/c/d", "b/10", "b/2"]
+    assert all(entry.stamp == storage.stamp(storage.join(folder, entry.name)) for entry in entries)
+    storage.write_bytes(storage.join(folder, "a"), b"yy")
+    assert [entry.stamp for entry in storage.list_tree(folder)][1:] == [entry.stamp for entry in entries][1:]
+    assert storage.stamp(storage.join(folder, "a")) not in (None, entries[0].stamp)
+    assert storage.list_tree(storage.join(folder, "b")) == [
+        Entry(e.name[2:], e.stamp) for e in entries if e.name[:2] == "b/"
+    ]
+    assert storage.is_folder(storage.join(folder, "b")) and not storage.is_folder(storage.join(folder, "a"))
+    assert storage.stamp(storage.join(folder, "absent")) is None
+
+
+def test_links_are_looked_through_and_folders_behind_them_are_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "there").symlink_to("a")
+    (tmp_path / "nowhere").symlink_to("absent")
+    (tmp_path / "loop").symlink_to(".")
+    stamp = storage.stamp(str(tmp_path / "a"))
+    assert storage.list_tree(str(tmp_path)) == [("a", stamp), ("nowhere", None), ("there", stamp)]
+
+
+def test_a_range_of_a_file_is_read(folder: str) -> None:
+    url = storage.join(folder, "a")
+    storage.write_bytes(url, b"0123456789")
+    assert storage.read_range(url, 2, 3) == b"234"
+    assert storage.read_range(url, 8, 100) == b"89"
+    with storage.open_read(url, 4) as stream:
+        assert stream.read(1) == b"0" and stream.seek(-1, 2) == 9 and stream.read() == b"9"
+    storage.write_bytes(url, b"")
+    assert storage.read_range(url, 0, 5) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(storage.join(folder, "absent"), 0, 1)
 
 
 def test_folders_that_are_not_there_are_empty(folder: str) -> None:

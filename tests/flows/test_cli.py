@@ -16,11 +16,12 @@ from flows import cli
 CHECKOUT = Path(__file__).parents[2]
 COMMON = {"--root", "--set", "--json", "--verbose"}
 FROZEN = {
-    "plan": (["recipe"], COMMON | {"--data", "--check"}),
-    "run": (["recipe"], COMMON | {"--data", "--only", "--until", "--address"}),
-    "prepare": (["source"], COMMON | {"--address"}),
+    "plan": (["recipe"], COMMON | {"--data", "--check", "--retry-failed"}),
+    "run": (["recipe"], COMMON | {"--data", "--only", "--until", "--address", "--retry-failed"}),
+    "prepare": (["source"], COMMON | {"--address", "--retry-failed"}),
     "generate": (["run", "prompts"], {"--count", "--seed", "--guidance-scale", "--steps", "--out", "--root"}),
-    "verify": (["uri"], {"--json"}),
+    "verify": (["uri"], {"--json", "--repair", "--address"}),
+    "index": (["uri"], {"--kind", "--out"}),
     "report": (["run"], {"--root"}),
     "recipes": ([], set()),
 }

@@ -99,7 +99,7 @@ def test_values_are_typed_by_the_field_that_they_are_for(assignment, value):
         ("denoiser.learning_rate=NaN", "input should be a finite number"),
         ("denoiser.block_out_channels=64", "input should be a valid tuple, such as 64,128"),
         ("denoiser.precision=fp8", "(fp32|bf16)"),
-        ("source.kind=cats", "'auto', 'folder', 'table', 'shapes' or 'digits'"),
+        ("source.kind=cats", "'auto', 'folder', 'table', 'webdataset', 'shapes' or 'digits'"),
         ("shard.max_failed_fraction=-0.1", "greater than or equal to 0"),
         ("denoiser.max_steps=null", "input should be a valid integer"),
         ("denoiser.max_steps=", "has no value"),

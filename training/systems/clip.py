@@ -29,7 +29,9 @@ class ClipConfig(TrainConfig):
     """A small CLIP; with `pretrained` nothing is trained and only that encoder is used."""
 
     pretrained: str | None = Field(
-        None, description="open_clip MODEL/TAG, or a folder in open_clip's local-dir form; None: train one"
+        None,
+        description="open_clip's MODEL/TAG, a hub name OWNER/NAME of a transformers CLIP, or a folder as open_clip or "
+        "transformers keeps it; None: train one",
     )
     embed_dim: int = Field(64, ge=8, description="width of the image and text embeddings")
     image_size: int = Field(32, ge=8, description="side of the pictures that the network sees, in pixels")

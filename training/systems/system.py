@@ -42,6 +42,12 @@ class TrainConfig(Config):
     weight_decay: float = Field(
         0.01, ge=0, description="decoupled weight decay of matrices; norms and biases have none"
     )
+    adam_beta2: float = Field(
+        0.999,
+        gt=0,
+        lt=1,
+        description="decay of AdamW's second moment; short runs learn faster with less, such as 0.95",
+    )
     clip_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay per step of the weights' moving average; 0 disables"

@@ -28,7 +28,11 @@ _LOGVAR_RANGE = (-30.0, 20.0)
 class VaeConfig(TrainConfig):
     """A small VAE; with `pretrained` nothing is trained and only that encoder is used."""
 
-    pretrained: str | None = Field(None, description="a diffusers VAE folder or a hub name; None: train one")
+    pretrained: str | None = Field(
+        None,
+        description="a diffusers folder or a hub name of an AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; "
+        "None: train one",
+    )
     latent_channels: int = Field(4, ge=1, description="channels of the latent")
     block_out_channels: tuple[int, ...] = Field(
         (32, 64, 64),

@@ -1,0 +1,87 @@
+"""Plain JPEGs at full speed: whole or refused, decoded at a half, a quarter or an eighth where that is enough.
+
+libjpeg goes on after damage and fills what is missing with gray; here its every warning is a failure. The pixels are those
+that Pillow gives. Reducing while decoding stops at powers of two: other fractions cost more than the whole picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import simplejpeg
+
+from data.errors import SampleError
+
+REDUCTIONS = (1, 2, 4, 8)
+_MAX_SCANS = 100
+_ERRORS = (ValueError, KeyError)
+"""KeyError: colours that simplejpeg has no name for."""
+_PROFILE = b"ICC_PROFILE\0"
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+
+
+def is_plain(payload: bytes) -> bool:
+    """Whether libjpeg-turbo knows the colours and the subsampling of this JPEG and can give RGB of 8 bits."""
+    try:
+        return simplejpeg.decode_jpeg_header(payload, strict=False)[2] in ("YCbCr", "RGB", "Gray")
+    except _ERRORS:
+        return False
+
+
+def refuse_many_scans(payload: bytes) -> None:
+    """For progressive JPEGs, which cost all of their pixels with every scan, be it of a few bytes. Raises SampleError."""
+    if payload.count(_SCAN) > _MAX_SCANS:
+        raise SampleError("corrupt_image", f"the picture has more than {_MAX_SCANS} scans")
+
+
+def check(payload: bytes) -> None:
+    """Returns when every bit of the JPEG's scans can be read; the cheapest way to know. Raises as `pixels` does."""
+    with _as_sample_errors(payload):
+        _decoded(payload, "GRAY", 1, 1, 8)
+
+
+def size(payload: bytes) -> tuple[int, int]:
+    """(width, height) as stored, of a JPEG that `is_plain`."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(payload, strict=False)
+    return int(width), int(height)
+
+
+def pixels(payload: bytes, reduction: int = 1) -> np.ndarray:
+    """RGB, uint8 (ceil(H / reduction), ceil(W / reduction), 3), in the stored orientation; `reduction` is 1, 2, 4 or 8.
+
+    Raises SampleError: `truncated` when the end is missing, else `corrupt_image` for anything that libjpeg warns of.
+    """
+    assert reduction in REDUCTIONS, f"a JPEG cannot be decoded at 1/{reduction}"
+    with _as_sample_errors(payload):
+        width, height = size(payload)
+        rows, columns = math.ceil(height / reduction), math.ceil(width / reduction)
+        return _decoded(payload, "RGB", rows, columns, reduction)
+
+
+def encode(rgb: np.ndarray, quality: int) -> bytes:
+    """A baseline JPEG, chroma halved in both directions as Pillow and OpenCV do; `rgb` uint8 (H, W, 3), C order."""
+    return simplejpeg.encode_jpeg(rgb, quality, "RGB", "420")
+
+
+def _decoded(payload: bytes, colours: str, rows: int, columns: int, reduction: int) -> np.ndarray:
+    """Strictly, but for a broken colour profile, which is of no use here: the second time its marker is wiped out."""
+    try:
+        return simplejpeg.decode_jpeg(payload, colours, False, False, rows, columns, reduction)
+    except ValueError as error:
+        if "ICC" not in str(error):
+            raise
+    wiped = payload.replace(_PROFILE, bytes(len(_PROFILE)))
+    return simplejpeg.decode_jpeg(wiped, colours, False, False, rows, columns, reduction)
+
+
+@contextmanager
+def _as_sample_errors(payload: bytes) -> Iterator[None]:
+    try:
+        yield
+    except _ERRORS as error:
+        cut = payload.rfind(_END) < payload.rfind(_SCAN)
+        reason = "truncated" if cut else "corrupt_image"
+        raise SampleError(reason, f"the picture cannot be decoded: {error}") from error
