@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo install test test-fast lint format clean
+.PHONY: demo install test test-peers test-fast lint format clean
 
 demo: .venv/.installed
 	$(BIN)/darkroom run demo
@@ -20,7 +20,10 @@ install: .venv/.installed
 	touch $@
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not peers"
+
+test-peers: .venv/.installed-dev
+	$(BIN)/python -m pytest -m peers
 
 test-fast: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from data.errors import UserError
 from flows.plan import PlannedStage
 from stages.contract import InputRef
-from training.encoders import ClipEncoder, VaeEncoder
+from training.encoders import LOADERS
 
-LOADERS: dict[str, Callable[[str], object]] = {"clip": ClipEncoder.load, "vae": VaeEncoder.load}
 CONNECT_SECONDS = 5.0
 
 

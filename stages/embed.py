@@ -17,7 +17,7 @@ from pydantic import Field
 
 from data import columns, storage
 from data.config import Config, operational
-from data.manifest import ShardRecord, Snapshot, file_record
+from data.manifest import Ledger, ShardRecord, Snapshot, file_record
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
@@ -35,6 +35,12 @@ class EmbedConfig(Config):
 
     batch_size: int = Field(128, ge=1, description="samples per forward pass")
     precision: Precision = Field("fp32", description="of weights and activations; bf16 and fp16 are for GPUs")
+    min_clip_score: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="cosine of image and caption below which a pair is left out of what follows, counted; None: all stay",
+    )
     decode_threads: int | None = operational(
         None, ge=1, description="threads per actor that decode pictures; None: its share of the CPUs"
     )
@@ -72,7 +78,9 @@ class Embedding:
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
             captions = [reader.caption(row) for row in range(len(reader))]
             img_emb, text_emb, hidden = self.embed(reader, captions)
+            kept, ledger = self._kept(img_emb, text_emb)
             files = (
+                *([] if kept is None else [columns.write_array(folder, "kept", shard.index, kept)]),
                 columns.write_array(folder, "img_emb", shard.index, img_emb),
                 columns.write_array(folder, "text_emb", shard.index, text_emb),
                 *columns.write_ragged(folder, "text_hidden", shard.index, hidden),
@@ -81,8 +89,22 @@ class Embedding:
         if task.payload["first"]:
             self._write_empty(folder)
         return ShardRecord(
-            index=shard.index, samples=shard.samples, keys=shard.keys, files=files, parents=dict(task.parents)
+            index=shard.index,
+            samples=shard.samples,
+            keys=shard.keys,
+            files=files,
+            ledger=ledger,
+            parents=dict(task.parents),
         )
+
+    def _kept(self, img_emb: np.ndarray, text_emb: np.ndarray) -> tuple[np.ndarray | None, Ledger]:
+        """(n,) bool, which pairs reach the least CLIP score, and their count; None where there is no such rule."""
+        if self.config.min_clip_score is None:
+            return None, Ledger()
+        kept = (img_emb.astype(np.float32) * text_emb).sum(axis=1) >= self.config.min_clip_score
+        dropped = len(kept) - int(kept.sum())
+        filtered = {"low_clip_score": dropped} if dropped else {}
+        return kept, Ledger(written=len(kept) - dropped, filtered=filtered)
 
     def embed(
         self, reader: ShardReader, captions: Sequence[str]
@@ -116,8 +138,8 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().cpu().numpy()
 
 
-def _columns(_: Any) -> frozenset[str]:
-    return COLUMNS
+def _columns(config: Any) -> frozenset[str]:
+    return COLUMNS if config.min_clip_score is None else COLUMNS | {"kept"}
 
 
 STAGE = Stage(

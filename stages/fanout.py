@@ -91,7 +91,7 @@ class _Pool:
         self.attempts = {task.index: 0 for task in todo}
         self.quarantine: dict[int, str] = {}
         self.running: dict[Any, tuple[ShardTask, Any]] = {}
-        size = min(len(todo), self.config.num_workers or cluster.num_cpus())
+        size = min(len(todo), _room(self.config))
         self.spawn = lambda: _actor(self.config).remote(work, dict(arguments))
         self.idle = [self.spawn() for _ in range(size)]
         self.last_finish = time.monotonic()
@@ -151,6 +151,20 @@ class _Pool:
             self.waiting.append(task)
         else:
             self.quarantine[task.index] = f"{reason}, {self.attempts[task.index]} attempts"
+
+
+def _room(config: FanoutConfig) -> int:
+    """Actors to start: as many as asked for, else as the cluster holds; UserError when they could never all start."""
+    room = cluster.num_cpus()
+    if config.num_gpus:
+        room = min(room, int(cluster.num_gpus() / config.num_gpus))
+    wanted = config.num_workers or room
+    if room < 1 or (config.num_gpus and wanted > room):
+        raise UserError(
+            f"fanout.num_workers={config.num_workers or 1} with fanout.num_gpus={config.num_gpus:g}: the cluster's "
+            f"{cluster.num_gpus()} GPUs hold {room} such workers; use at most that many"
+        )
+    return wanted
 
 
 def _actor(config: FanoutConfig) -> Any:

@@ -5,6 +5,7 @@ Legend: B batch, H W pixels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ def preprocessed(pixels: Tensor, preprocess: dict[str, Any]) -> Tensor:
     x = pixels.float()
     if x.shape[-2:] != (size, size):
         x = _resized(x, size, preprocess)
-    mean = torch.tensor(preprocess["mean"], device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocess["std"], device=x.device).view(1, 3, 1, 1)
+    mean, std = (_statistic(tuple(preprocess[name]), x.device) for name in ("mean", "std"))
     return (x / 255 - mean) / std
 
 
@@ -34,6 +34,13 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 def to_uint8(pixels: Tensor) -> Tensor:
     """float -1 to 1 as uint8 0 to 255, rounded and clipped."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache
+def _statistic(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, 3, 1, 1), made once per device: making it waits for all that the device has queued."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def _resized(x: Tensor, size: int, preprocess: dict[str, Any]) -> Tensor:

@@ -21,7 +21,7 @@ import pytest
 from data.indexes import write_index
 from tests.readers.conftest import PER_SHARD, ROWS, DataSet, Reading, members, pixels
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.peers]
 
 Environment = Callable[..., str]
 

@@ -173,3 +173,17 @@ def test_the_gpu_scripts_run_at_a_tiny_size_without_a_gpu(script, races, tmp_pat
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     found = json.loads((tmp_path / "result.json").read_text())
     assert len(found) == races and all(figures["ours_per_s"] > 0 for figures in found)
+
+
+def test_pairs_below_the_least_clip_score_are_counted_and_marked(clip, shard, tmp_path):
+    every = embed(clip, shard, tmp_path / "every")
+    scores = (
+        columns.open_array(str(tmp_path / "every"), "img_emb", 0).astype(np.float32)
+        * columns.open_array(str(tmp_path / "every"), "text_emb", 0)
+    ).sum(axis=1)
+    least = float(np.sort(scores)[3:5].mean())
+    record = embed(clip, shard, tmp_path / "some", min_clip_score=least)
+    kept = columns.open_array(str(tmp_path / "some"), "kept", 0)
+    assert kept.tolist() == (scores >= least).tolist()
+    assert (record.ledger.written, record.ledger.filtered) == (COUNT - 4, {"low_clip_score": 4})
+    assert (record.samples, record.keys) == (every.samples, every.keys), "the columns stay row-aligned"

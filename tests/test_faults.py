@@ -1,0 +1,460 @@
+"""`darkroom prepare` under faults: whatever dies, fills, vanishes or stutters, it ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data import growth, manifest, sources, storage
+from data.manifest import Snapshot
+from data.shards import ShardConfig, write_shard
+from data.sources import SourceConfig
+from flows.graph import prepare_nodes
+from flows.plan import make_plan
+from flows.recipes import edited, prepare, with_data
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import command, environment, result
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PICTURES, SHARDS = 60, 6
+SETTINGS = {
+    "shard.samples_per_shard": PICTURES // SHARDS,
+    "shard.image_size": 256,
+    "shard.encode_format": "png",
+    "fanout.stall_seconds": 60,  # a shard takes a second: none for this long is a hang
+}
+DEADLINE = 90.0
+"""Seconds until a run that has begun shows what a test waits for."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pictures of noise, large enough that a shard of ten takes a good part of a second."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    for number in range(PICTURES):
+        picture = Image.fromarray(np.roll(noise, 7 * number, axis=1))
+        picture.save(folder / f"{number:02d}.png", compress_level=0)
+        (folder / f"{number:02d}.txt").write_text(f"noise {number} \u2603")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one worker makes of them when nothing happens."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    finish(start(pictures, root, workers=1))
+    found = held(root)
+    assert len([name for name in found if name.endswith(".tar")]) == SHARDS
+    return found
+
+
+def start(source: Path, root: object, *options: str, workers: int, **variables: str) -> subprocess.Popen[str]:
+    """`darkroom prepare` in a process group of its own."""
+    line = command(
+        "prepare",
+        str(source),
+        "--json",
+        *options,
+        root=root,
+        settings=SETTINGS | {"fanout.num_workers": workers},
+    )  # type: ignore[arg-type]
+    return subprocess.Popen(
+        line,
+        env=environment() | variables,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(run: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a run printed that has to end well."""
+    try:
+        out, err = run.communicate(timeout=180)
+    finally:
+        kill(run)
+    return result(subprocess.CompletedProcess(run.args, run.returncode, out, err))
+
+
+def kill(run: subprocess.Popen[str]) -> None:
+    """SIGKILL of all that the run started, where any of it lives."""
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+
+def wait_for(sign: Callable[[], Any], run: subprocess.Popen[str]) -> Any:
+    """What `sign` returns once that is true; the run must not end before, nor wait for ever."""
+    deadline = time.monotonic() + DEADLINE
+    while not (seen := sign()):
+        if run.poll() is not None:
+            pytest.fail(f"the run ended too early: {run.communicate()}")
+        if time.monotonic() > deadline:
+            kill(run)
+            pytest.fail("the run made no progress")
+        time.sleep(0.005)
+    return seen
+
+
+def receipts(root: Path) -> list[Path]:
+    return list(root.glob("store/shard/*/_meta/receipts/0*.json"))
+
+
+def held(root: object) -> dict[str, str]:
+    """name -> SHA-256 of every file of the one shard artifact; of a snapshot, which knows its time, its digest."""
+    stage = storage.join(str(root), "store", "shard")
+    (name,) = storage.list_folders(stage)
+    folder = storage.join(stage, name)
+    names = [entry.name for entry in storage.list_tree(folder)]
+    found = {
+        f"{name}/{file}": storage.sha256(storage.join(folder, file))[1]
+        for file in names
+        if not file.startswith(("_meta/lease", "_meta/snapshots"))
+    }
+    return found | {f"{name}/{made.fingerprint}": made.digest for made in manifest.snapshots(folder)}
+
+
+def drafts(root: Path) -> list[Path]:
+    return list(root.glob("store/shard/**/.tmp-*"))
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+
+def writing(ancestor: int) -> int | None:
+    """The pid of a worker below the process `ancestor` that has the draft of a shard open; it is stopped there."""
+    for worker in workers_below(ancestor):
+        os.kill(worker, signal.SIGSTOP)
+        if any(".tmp-" in file and file.endswith(".tar") for file in open_files(worker)):
+            return worker
+        os.kill(worker, signal.SIGCONT)
+    return None
+
+
+def workers_below(ancestor: int) -> list[int]:
+    """Ray's processes that run shards, among the children of `ancestor` and theirs."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue  # it has ended
+    below, level = [], [ancestor]
+    while level := [pid for pid, parent in parents.items() if parent in level]:
+        below += level
+    return [pid for pid in below if _title(pid).startswith(b"ray::_Worker")]
+
+
+def open_files(pid: int) -> list[str]:
+    return [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def _title(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_run_killed_twice_with_all_its_processes_ends_with_the_bytes_of_one_worker(
+    pictures, undisturbed, tmp_path
+):
+    kept: dict[Path, int] = {}
+    for wanted in (1, 3):
+        run = start(pictures, tmp_path, workers=4)
+        wait_for(lambda wanted=wanted: len(receipts(tmp_path)) >= wanted, run)
+        kill(run)
+        assert wanted <= len(receipts(tmp_path)) < SHARDS, "it was killed in the middle of its work"
+        kept |= {path: path.stat().st_mtime_ns for path in receipts(tmp_path)}
+    finish(start(pictures, tmp_path, workers=4))
+    assert held(tmp_path) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing was made twice"
+
+
+@pytest.fixture(scope="module")
+def survived(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a run that lost a worker in the middle of a shard."""
+    root = tmp_path_factory.mktemp("survived")
+    run = start(pictures, root, workers=2)
+    os.kill(wait_for(lambda: writing(run.pid), run), signal.SIGKILL)
+    finish(run)
+    return root
+
+
+def test_a_worker_killed_in_the_middle_of_a_shard_changes_no_byte(survived, undisturbed):
+    assert held(survived) == undisturbed
+
+
+def test_the_draft_of_a_killed_worker_does_not_stay(survived):
+    assert drafts(survived) == []
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes with a CPU each, which misses a dead one within seconds."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    health = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 4,
+    }
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_node_killed_in_the_middle_of_a_shard_changes_no_byte(pictures, undisturbed, tmp_path, nodes):
+    (node,) = nodes.worker_nodes
+    raylet = node.all_processes["raylet"][0].process
+    run = start(pictures, tmp_path, f"--address={nodes.address}", workers=2)
+    worker = wait_for(lambda: writing(raylet.pid), run)
+    os.kill(raylet.pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGCONT)
+    finish(run)
+    assert held(tmp_path) == undisturbed
+
+
+# --- disks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """(pages of 4 KiB) -> a file system of its own with so much room; called again, it gets more or less."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(pages: int) -> Path:
+        options = f"size={pages * 4096}"
+        options = f"remount,{options}" if os.path.ismount(place) else options
+        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this machine may not mount a file system of its own: {done.stderr.strip()}")
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("this machine has no mount command")
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_whichever_file_of_a_shard_finds_the_disk_full_the_next_attempt_writes_the_same_bytes(
+    pictures, disk, tmp_path
+):
+    config = ShardConfig(image_size=32, encode_format="png", samples_per_shard=4)
+    rows = sources.list_rows(SourceConfig(path=str(pictures), limit=4))
+
+    def attempt(folder: Path) -> None:
+        record = write_shard(rows, 0, str(folder), config)
+        manifest.publish_receipt(str(folder), record)
+        snapshot = Snapshot(stage="shard", version=1, fingerprint="f", config={}, shards=(record,))
+        known = growth.grown(growth.nothing_known(), *_all_new(rows))
+        growth.save(str(folder), "f", known)
+        manifest.publish_snapshot(str(folder), snapshot)
+
+    attempt(tmp_path / "roomy")
+    whole = _contents(tmp_path / "roomy")
+    finished: set[int] = set()
+    for pages in itertools.count(1):
+        folder = disk(pages) / f"{pages}"
+        try:
+            attempt(folder)
+            break
+        except OSError as error:
+            assert "No space left" in str(error)
+        left = _contents(folder)
+        assert left.items() <= whole.items() and not list(folder.rglob(".tmp-*")), "whole files and no draft"
+        finished.add(len(left))
+        disk(1000)
+        attempt(folder)
+        assert _contents(folder) == whole
+        shutil.rmtree(folder)
+    assert finished == set(range(len(whole))), "each file in turn was the one without room"
+
+
+def _all_new(rows: list[Any]) -> tuple[growth.Growth, np.ndarray, list[tuple[int, str]]]:
+    identities = sources.row_identities(rows)
+    change = growth.growth(growth.nothing_known(), identities)
+    assert change is not None
+    return change, identities, [(growth.WRITTEN, "")] * len(rows)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def shard_plan(source: Path, root: Path) -> Any:
+    """How the plan sees the shards of this state of the source."""
+    recipe = edited(prepare(), [f"{path}={value}" for path, value in SETTINGS.items()])
+    recipe = with_data(recipe, str(source))
+    return make_plan(recipe, prepare_nodes(recipe), str(root)).stages[0]
+
+
+def test_a_picture_that_vanishes_during_the_run_is_a_failed_row_until_it_is_written_anew(
+    pictures, undisturbed, tmp_path
+):
+    """What a finished run found stands: to the store this state of the source is done, and only a newer file is a new row."""
+    source, root = tmp_path / "pictures", tmp_path / "root"
+    shutil.copytree(pictures, source)
+    run = start(source, root, workers=1)
+    wait_for(lambda: receipts(root), run)
+    shutil.move(source / "59.png", tmp_path / "aside.png")
+    finish(run)
+    shutil.move(tmp_path / "aside.png", source / "59.png")
+
+    plan = shard_plan(source, root)
+    assert plan.status == "cached", "the listing is the one that the run began with"
+    ledger = plan.snapshot.ledger
+    assert (ledger.attempted, ledger.written, ledger.failed) == (PICTURES, PICTURES - 1, {"missing_image": 1})
+    (row,) = [
+        r for r in pq.read_table(f"{plan.folder}/00005.parquet").to_pylist() if r["status"] != "success"
+    ]
+    assert (row["source_id"], row["status"]) == ("59.png", "failed_to_download")
+    assert "no file at the place" in row["error_message"]
+    others = {name: digest for name, digest in undisturbed.items() if f"{SHARDS - 1:05d}" not in name}
+    shards = {name: digest for name, digest in others.items() if "_meta" not in name and "/0" in name}
+    assert len(shards) == 3 * (SHARDS - 1) and shards.items() <= held(root).items()
+
+    os.utime(source / "59.png")
+    mended = shard_plan(source, root)
+    assert (mended.status, mended.folder) == ("pending", plan.folder)
+    assert mended.reason == "1 new row in 1 new shard"
+
+
+# --- object stores -------------------------------------------------------------------------------------------------
+
+
+FAULTS = ("refused", "dropped", "unanswered", "cut")
+"""An answer that is an error, none without the request having been heard, none though it was, and half of one."""
+
+
+class Stuttering(BaseHTTPRequestHandler):
+    """Passes requests on to a server; every `every`-th one meets a fault, of all kinds in turn."""
+
+    protocol_version = "HTTP/1.1"
+    upstream: ClassVar[str]
+    every: ClassVar[int] = 5
+    numbers: ClassVar[Iterator[int]]
+    kinds: ClassVar[Iterator[str]]
+    faults: ClassVar[dict[str, int]]
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = next(self.kinds) if next(self.numbers) % self.every == 0 else ""
+        if fault == "cut" and self.command != "GET":
+            fault = "unanswered"  # there is no answer to cut
+        self.faults[fault] = self.faults.get(fault, 0) + 1
+        if fault == "refused":
+            self.reply(500, {}, b"<Error><Code>InternalError</Code></Error>")
+        elif fault != "dropped":
+            answer = self.passed_on(body)
+            if fault != "unanswered":
+                self.reply(*answer, half=fault == "cut")
+        self.close_connection = self.close_connection or bool(fault)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+    def passed_on(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        upstream = http.client.HTTPConnection(self.upstream, timeout=30)
+        try:
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            upstream.close()
+
+    def reply(self, status: int, headers: Mapping[str, str], payload: bytes, *, half: bool = False) -> None:
+        self.send_response_only(status)
+        length = {"Content-Length": str(len(payload))}
+        hop = ("connection", "transfer-encoding")
+        for name, value in (length | dict(headers)).items():
+            if name.lower() not in hop:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(payload[: len(payload) // 2] if half else payload)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket of a sound server, which `Stuttering` is told of."""
+    moto_server = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    Stuttering.upstream, Stuttering.faults = f"{host}:{port}", {}
+    Stuttering.numbers, Stuttering.kinds = itertools.count(1), itertools.cycle(FAULTS)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fsspec.filesystem("s3").mkdir("shards")
+    yield "s3://shards"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+
+
+def test_an_object_store_that_fails_every_fifth_request_gets_the_bytes_of_a_disk(
+    pictures, undisturbed, tmp_path, bucket
+):
+    with serving(Stuttering) as proxy:
+        variables = {"AWS_ENDPOINT_URL": f"http://{proxy}", "HOME": str(tmp_path)}
+        finish(start(pictures, f"{bucket}/root", workers=2, **variables))
+    assert held(f"{bucket}/root") == undisturbed
+    assert min(Stuttering.faults.get(kind, 0) for kind in FAULTS) >= 2, Stuttering.faults
