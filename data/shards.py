@@ -151,13 +151,13 @@ def write_shard(rows: Sequence[Row], index: int, folder: str, config: ShardConfi
     return _record(folder, index, lines, files)
 
 
-def drop_repeats(folder: str, index: int, repeats: Sequence[Repeat]) -> ShardRecord:
-    """Shard `index` under `folder` without the samples that repeat earlier ones: they become filtered rows.
+def settle_shard(draft: str, folder: str, index: int, repeats: Sequence[Repeat]) -> ShardRecord:
+    """Publishes under `folder` what shard `index` under `draft` is without `repeats`, which become filtered rows.
 
-    Doing it again changes nothing. Returns the shard's new record, without parents.
+    The draft stays as it is, so that another decision can be carried out later. Returns the record, without parents.
     """
     found = {repeat.key: repeat for repeat in repeats}
-    with storage.open_read(storage.join(folder, f"{index:05d}.parquet")) as stream:
+    with storage.open_read(storage.join(draft, f"{index:05d}.parquet")) as stream:
         lines = pq.read_table(stream).to_pylist()
     for line in lines:
         if repeat := found.get(line["key"]):
@@ -167,15 +167,14 @@ def drop_repeats(folder: str, index: int, repeats: Sequence[Repeat]) -> ShardRec
                 "error_message": f"repeats {repeat.first}",
             }
     kept = {line["key"] for line in lines if line["status"] == "success"}
-    return _record(folder, index, lines, _copy_tar(folder, f"{index:05d}.tar", kept))
+    return _record(folder, index, lines, _copy_tar(draft, folder, f"{index:05d}.tar", kept))
 
 
-def _copy_tar(folder: str, name: str, kept: Collection[str]) -> list[FileRecord]:
-    """Publishes the tar anew with the samples of `kept` alone, byte for byte; a killed attempt may have removed it."""
-    if not kept or not storage.exists(storage.join(folder, name)):
-        assert not kept, f"{name} has samples and no tar"
+def _copy_tar(draft: str, folder: str, name: str, kept: Collection[str]) -> list[FileRecord]:
+    """Publishes the draft's tar with the samples of `kept` alone, byte for byte; none where there is no such sample."""
+    if not kept:
         return _remove_tar(folder, name)
-    with _scratch_file(folder, name) as scratch, ShardReader(storage.join(folder, name)) as reader:
+    with _scratch_file(folder, name) as scratch, ShardReader(storage.join(draft, name)) as reader:
         bounds = [*reader.starts, reader.end]
         with scratch.open("wb") as stream:
             tar = TarWriter(stream)

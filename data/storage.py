@@ -203,6 +203,29 @@ def remove(url: str) -> None:
         filesystem.rm_file(path)
 
 
+def remove_tree(url: str) -> None:
+    """Deletes a folder with all that it holds; nothing happens where there is none."""
+    if is_local(url):
+        if local_path(url).is_dir():
+            shutil.rmtree(local_path(url))
+        return
+    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()
+    if filesystem.isdir(path):
+        filesystem.rm(path, recursive=True)
+
+
+def remove_drafts(url: str) -> None:
+    """Deletes what killed writers left unpublished anywhere below the local folder `url`, which nobody else may be writing to.
+
+    An object store has no drafts. A lease's own drafts stay: its heart beats all the time.
+    """
+    if is_local(url):
+        for draft in local_path(url).rglob(f"{_TEMPORARY}*"):
+            if draft.is_file() and "-lease" not in draft.name:
+                draft.unlink(missing_ok=True)
+
+
 def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
     """A seekable binary stream; one on a remote file reads ahead `block_bytes`, or as much as its file system finds best."""
     if is_local(url):
@@ -238,8 +261,16 @@ def _walk(folder: str, prefix: str) -> Iterator[Entry]:
             name = prefix + item.name
             if item.is_dir(follow_symlinks=False):
                 yield from _walk(item.path, f"{name}/")
-            elif not item.is_dir():
+            elif not _is_folder_behind(item):
                 yield Entry(name, stamp(item.path))
+
+
+def _is_folder_behind(item: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder; one that leads nowhere, or to itself, is a file that cannot be read."""
+    try:
+        return item.is_dir()
+    except OSError:
+        return False
 
 
 def _stamp_of(info: dict[str, Any]) -> str:

@@ -269,13 +269,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     from data.verify import verify
     from flows import console
 
-    verdict, mended = verify(arguments.uri.rstrip("/")), ()
+    uri = _readable(arguments.uri)
+    verdict, mended = verify(uri), ()
     if arguments.repair and not verdict.ok:
         from stages.cluster import cluster
         from stages.repair import repair
 
         with console.quiet_stdout(), cluster(arguments.address):
-            repaired = repair(arguments.uri.rstrip("/"), found=verdict)
+            repaired = repair(uri, found=verdict)
         verdict, mended = repaired.verdict, repaired.mended
     if arguments.json:
         extra = {"mended": [m.model_dump(mode="json") for m in mended]} if arguments.repair else {}
@@ -291,10 +292,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
+    from data.errors import CorruptArtifact, UserError
     from data.indexes import write_index
     from flows import console
 
-    path = write_index(arguments.uri.rstrip("/"), arguments.kind, arguments.out)
+    try:
+        path = write_index(_readable(arguments.uri), arguments.kind, arguments.out)
+    except FileNotFoundError as error:
+        raise CorruptArtifact(
+            f"{error.filename} is missing: run `darkroom verify --repair {arguments.uri}`"
+        ) from error
+    except NotADirectoryError as error:
+        raise UserError(f"--out {arguments.out} is no folder and cannot become one: give another") from error
     console.out.print(path, soft_wrap=True, markup=False)
     return 0
 
@@ -351,12 +360,38 @@ def _checked_root(root: str) -> str:
         raise UserError("--root is empty: give a folder, which is made when it is missing")
     if not storage.is_local(root):
         return _reachable(root.rstrip("/"))
-    path = storage.local_path(root).expanduser().absolute()
-    file = next((p for p in (path, *path.parents) if p.is_file()), None)
+    try:
+        path = storage.local_path(root).expanduser().absolute()
+        file = next((p for p in (path, *path.parents) if p.is_file()), None)
+        path.resolve()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a link to itself, too long a name, an unknown home folder
+        raise UserError(
+            f"--root {root} leads nowhere ({error}): give a folder, which is made when it is missing"
+        ) from error
     if file is not None:
         what = "is a file" if file == path else f"lies under {file}, which is a file"
         raise UserError(f"--root {root} {what}: give a folder, which is made when it is missing")
     return os.path.normpath(path)
+
+
+def _readable(uri: str) -> str:
+    """The place to look at; UserError when nothing can lie there."""
+    from data import storage
+    from data.errors import UserError
+
+    try:
+        is_there = bool(uri) and storage.exists(uri)
+    except Exception as error:  # each kind of store has errors of its own
+        raise UserError(f"{uri} cannot be looked at ({error}): check the address") from error
+    if not is_there:
+        raise UserError(
+            f"{uri or 'an empty name'} does not exist: give a root, its store, or one artifact's folder"
+        )
+    return uri.rstrip("/")
 
 
 def _reachable(url: str) -> str:

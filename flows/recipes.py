@@ -213,7 +213,16 @@ def with_data(recipe: Recipe, source: str) -> Recipe:
     """`recipe` on the user's own pairs at `source`: a local path is made absolute."""
     if not source:
         raise UserError("the source is empty: name a folder or a table of image-text pairs")
-    path = source if "://" in source else str(Path(source).expanduser().resolve())
+    try:
+        path = source if "://" in source else str(Path(source).expanduser().resolve())
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a link to itself, an unknown home folder, a zero byte
+        raise UserError(
+            f"{source!r} leads nowhere ({error}): name a folder or a table of image-text pairs"
+        ) from error
     return recipe.model_copy(
         update={"source": recipe.source.model_copy(update={"kind": "auto", "path": path})}
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from data import manifest
+from data import manifest, storage
 from data.config import Config, operational, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot
@@ -132,4 +132,5 @@ def commit(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),
     )
+    storage.remove_drafts(workspace.folder)
     return manifest.publish_snapshot(workspace.folder, snapshot)

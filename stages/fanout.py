@@ -73,15 +73,17 @@ def map_shards(
 
 
 def finished(tasks: Sequence[ShardTask], folder: str) -> dict[int, ShardRecord]:
-    """index -> receipt, of the tasks whose receipt is there and names their parents; it may name more."""
+    """index -> receipt, of the tasks whose receipt is there and names the same parents."""
     receipts = {task.index: manifest.load_receipt(folder, task.index) for task in tasks}
-    return {
-        t.index: r for t in tasks if (r := receipts[t.index]) and dict(t.parents).items() <= r.parents.items()
-    }
+    return {t.index: r for t in tasks if (r := receipts[t.index]) and r.parents == dict(t.parents)}
 
 
 class _Pool:
-    """Actors, their one task each, and the attempts of every shard."""
+    """Actors, their one task each, and the attempts of every shard.
+
+    An actor gets its first task when it answers: one that the cluster has no room for, as after the loss of a node, or
+    where more were asked for than there are CPUs, holds no shard back.
+    """
 
     def __init__(
         self, work: Callable, arguments: Mapping, workspace: Workspace, todo: Sequence[ShardTask]
@@ -91,9 +93,12 @@ class _Pool:
         self.attempts = {task.index: 0 for task in todo}
         self.quarantine: dict[int, str] = {}
         self.running: dict[Any, tuple[ShardTask, Any]] = {}
+        self.starting: dict[Any, Any] = {}
+        self.idle: list[Any] = []
         size = min(len(todo), _room(self.config))
-        self.spawn = lambda: _actor(self.config).remote(work, dict(arguments))
-        self.idle = [self.spawn() for _ in range(size)]
+        self.actor = lambda: _actor(self.config).remote(work, dict(arguments))
+        for _ in range(size):
+            self._spawn()
         self.last_finish = time.monotonic()
 
     @property
@@ -106,19 +111,38 @@ class _Pool:
 
         while self.waiting and self.idle:
             self._start(self.waiting.pop(), self.idle.pop())
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=2.0)
-        if not ready and time.monotonic() - self.last_finish > self.config.stall_seconds:
+        ready, _ = ray.wait([*self.running, *self.starting], num_returns=1, timeout=2.0)
+        settled = [self._settle(reference) for reference in ready if reference in self.running]
+        for reference in ready:
+            if reference in self.starting:
+                self._welcome(reference)
+        if time.monotonic() - self.last_finish > self.config.stall_seconds:
             raise StageFailed(
                 f"no shard finished for {self.config.stall_seconds:.0f} s (fanout.stall_seconds)"
             )
-        records = [self._settle(reference) for reference in ready]
-        return [record for record in records if record is not None]
+        return [record for record in settled if record is not None]
 
     def close(self) -> None:
         import ray
 
-        for actor in [*self.idle, *(actor for _, actor in self.running.values())]:
+        for actor in [*self.idle, *self.starting.values(), *(actor for _, actor in self.running.values())]:
             ray.kill(actor)
+
+    def _spawn(self) -> None:
+        actor = self.actor()
+        self.starting[actor.answer.remote()] = actor
+
+    def _welcome(self, reference: Any) -> None:
+        import ray
+        from ray.exceptions import RayActorError
+
+        actor = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayActorError:
+            self._spawn()
+        else:
+            self.idle.append(actor)
 
     def _start(self, task: ShardTask, actor: Any) -> None:
         self.attempts[task.index] += 1
@@ -140,7 +164,7 @@ class _Pool:
             self._retry(task, f"{type(cause).__name__}: {cause}")
             return None
         except RayActorError as error:
-            self.idle.append(self.spawn())
+            self._spawn()
             self._retry(task, f"its worker died ({type(error).__name__})")
             return None
         self.idle.append(actor)
@@ -179,6 +203,9 @@ class _Worker:
 
     def __init__(self, work: Callable[..., ShardWork], arguments: dict[str, Any]) -> None:
         self.build = functools.cache(functools.partial(work, **arguments))
+
+    def answer(self) -> None:
+        """Tells that it has a place in the cluster."""
 
     def run(self, task: ShardTask, folder: str) -> ShardRecord:
         record = self.build()(task, folder)

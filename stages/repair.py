@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data import growth, manifest, sources, storage
 from data.checksums import checksum_of
 from data.config import Config
 from data.damage import restored
+from data.duplicates import REASONS, Repeat
 from data.errors import CorruptArtifact, DarkroomError
 from data.inventory import Artifact, Problem, inventory
 from data.lease import lease
 from data.manifest import ShardRecord, Snapshot
-from data.shards import ShardConfig
+from data.shards import ShardConfig, settle_shard
 from data.sources import Row, SourceConfig
 from data.verify import Verdict, is_external, parent_folder, verify
 from stages import prompts
@@ -31,6 +34,8 @@ from stages.contract import FanoutConfig, InputRef, Inputs, Progress, Workspace,
 from stages.fanout import ShardTask, map_shards
 from stages.shard import ShardWriting
 
+STAGING = "_repair"
+"""Where shards are written anew, in the artifact's folder; gone when the repair ends."""
 MADE_AGAIN = ("embed", "encode", "generate", "evaluate")
 """Stages whose shards follow from their inputs alone, to the byte on like machines; `shard` is read from its source."""
 
@@ -173,7 +178,9 @@ def _inputs(snapshot: Snapshot) -> Inputs:
 
 
 def _write_shards(snapshot: Snapshot, wanted: list[ShardRecord], files: set[str], bench: _Bench) -> None:
+    """Writes the wanted shards anew elsewhere, and takes from there what their records name; sound files stay untouched."""
     source = _source(snapshot)
+    staging = storage.join(snapshot.folder, STAGING)
     with tempfile.TemporaryDirectory(prefix="darkroom-repair-") as home:
         drawn = sources.materialise(source, Path(home))
         rows = sources.list_rows(drawn)
@@ -182,14 +189,59 @@ def _write_shards(snapshot: Snapshot, wanted: list[ShardRecord], files: set[str]
         if not wanted:
             return
         tasks = list(_tasks(snapshot, source, rows, wanted))
-        for shard in wanted:
-            storage.remove(manifest.receipt_path(snapshot.folder, shard.index))
         config = ShardConfig.model_validate(snapshot.config["shard"])
-        made = map_shards(ShardWriting, {"config": config}, tasks, bench.workspace(snapshot))
-    differ = [m.index for m, was in zip(made, wanted, strict=True) if m.digest != was.digest]
+        try:
+            storage.remove_tree(staging)
+            workspace = replace(bench.workspace(snapshot), folder=staging)
+            made = map_shards(ShardWriting, {"config": config}, tasks, workspace)
+            settled = [_settled(snapshot.folder, staging, record) for record in made]
+            differ = [
+                w.index
+                for m, w in zip(settled, wanted, strict=True)
+                if not _placed(snapshot.folder, staging, m, w)
+            ]
+        finally:
+            storage.remove_tree(staging)
     if differ:
         listed = ", ".join(f"{index:05d}" for index in differ)
         raise CorruptArtifact(f"shard {listed} was made again, but came out differently: the source changed")
+
+
+def _settled(folder: str, staging: str, record: ShardRecord) -> ShardRecord:
+    """The shard in `staging` without the repeats that its parquet under `folder` names, where that can be read."""
+    try:
+        with storage.open_read(storage.join(folder, f"{record.index:05d}.parquet")) as stream:
+            lines = pq.read_table(stream, columns=["key", "error_class", "error_message"]).to_pylist()
+    except (OSError, pa.ArrowException):
+        return record
+    dropped = [
+        Repeat(line["key"], line["error_class"], line["error_message"].rpartition(" ")[2])
+        for line in lines
+        if line["error_class"] in REASONS
+    ]
+    if not dropped:
+        return record
+    draft = storage.join(staging, "draft")
+    for file in record.files:
+        storage.write_bytes(
+            storage.join(draft, file.path), storage.read_bytes(storage.join(staging, file.path))
+        )
+    return settle_shard(draft, staging, record.index, dropped)
+
+
+def _placed(folder: str, staging: str, made: ShardRecord, was: ShardRecord) -> bool:
+    """Copies each file of `was` that is damaged and came out as recorded; False when one did not."""
+    fresh, all_placed = {file.path: file.sha256 for file in made.files}, True
+    for file in was.files:
+        url = storage.join(folder, file.path)
+        if storage.exists(url) and checksum_of(url).sha256 == file.sha256:
+            continue
+        if fresh.get(file.path) != file.sha256:
+            all_placed = False
+            continue
+        storage.write_bytes(url, storage.read_bytes(storage.join(staging, file.path)))
+    manifest.publish_receipt(folder, was)
+    return all_placed
 
 
 def _source(snapshot: Snapshot) -> SourceConfig:

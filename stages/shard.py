@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,14 @@ from data.errors import CorruptArtifact, StageFailed, UserError
 from data.growth import FAILED, FILTERED, WRITTEN, Growth, KnownRows
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, file_record, load_snapshot, snapshots
 from data.originals import is_retryable
-from data.shards import ShardConfig, drop_repeats, write_shard
+from data.shards import ShardConfig, settle_shard, write_shard
 from data.sources import Row, SourceConfig
 from stages import prompts
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
+
+DRAFTS = "_drafts"
+"""Where shards lie between the two passes of a run that filters duplicates; gone when its snapshot is there."""
 
 
 class ShardStageConfig(Config):
@@ -65,8 +68,10 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
     source = _materialised(config.source, workspace.folder)
     extent = _extent(config, source, workspace.folder)
     tasks = _tasks(config, extent)
-    made = map_shards(ShardWriting, {"config": config.shard}, tasks, workspace)
-    made = _without_repeats(config, extent, tasks, made, workspace)
+    if config.shard.deduplicate == "no":
+        made = map_shards(ShardWriting, {"config": config.shard}, tasks, workspace)
+    else:
+        made = _without_repeats(config, extent, tasks, workspace)
     outcomes = [outcome for record in made for outcome in _outcomes(workspace.folder, record)]
     known = growth.grown(extent.known, extent.change, extent.identities, outcomes)
     shards = (*extent.shards, *made)
@@ -76,7 +81,7 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
         config.source
     ):  # a built-in dataset never grows, and its files' times mean nothing
         files = (*files, growth.save(workspace.folder, workspace.fingerprint, known))
-    return commit(
+    snapshot = commit(
         STAGE,
         config,
         inputs,
@@ -87,6 +92,8 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
         superseded=known.superseded,
         facts={"reasons": list(known.reasons), "source": config.source.model_dump(mode="json")},
     )
+    storage.remove_tree(storage.join(workspace.folder, DRAFTS))
+    return snapshot
 
 
 def again(known: KnownRows) -> np.ndarray:
@@ -156,37 +163,34 @@ class ShardWriting:
         return record.model_copy(update={"parents": dict(task.parents)})
 
 
-class RepeatDropping:
-    """The per-shard function of the second pass: a shard without the pictures that earlier shards, or it, already have."""
+class ShardSettling:
+    """The per-shard function of the second pass: a draft without the pictures that earlier rows already have."""
 
     def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
-        record = drop_repeats(folder, task.index, task.payload)
+        record = settle_shard(storage.join(folder, DRAFTS), folder, task.index, task.payload)
         return record.model_copy(update={"parents": dict(task.parents)})
 
 
 def _without_repeats(
-    config: ShardStageConfig,
-    extent: Extent,
-    tasks: Sequence[ShardTask],
-    made: Sequence[ShardRecord],
-    workspace: Workspace,
+    config: ShardStageConfig, extent: Extent, tasks: Sequence[ShardTask], workspace: Workspace
 ) -> tuple[ShardRecord, ...]:
-    """The new shards' records after duplicates are filtered; earlier shards stay as they are."""
-    if config.shard.deduplicate == "no":
-        return tuple(made)
+    """The new shards without duplicates: written as drafts, then settled once all hashes are known.
+
+    A receipt beside the drafts tells of the first pass, one beside the shards of the second, and names what it dropped:
+    whenever this is killed, and whatever the source becomes meanwhile, no shard stands for another decision than its own.
+    """
+    drafts = storage.join(workspace.folder, DRAFTS)
+    written = map_shards(ShardWriting, {"config": config.shard}, tasks, replace(workspace, folder=drafts))
     columns = ["key", "status", "error_class", "sha256", "phash"]
-    tables = [_table(workspace.folder, record, columns) for record in (*extent.shards, *made)]
+    tables = [_table(workspace.folder, record, columns) for record in extent.shards]
+    tables += [_table(drafts, record, columns) for record in written]
     distance = config.shard.near_distance if config.shard.deduplicate == "near" else None
     found = repeats(tables, distance)[len(extent.shards) :]
-    again = [
-        ShardTask(
-            task.index, drop, {**task.parents, "repeats": fingerprint([r.key for r in drop])}, task.weight
-        )
-        for task, drop in zip(tasks, found, strict=True)
-        if drop
+    settling = [
+        ShardTask(t.index, drop, {**t.parents, "repeats": fingerprint([r.key for r in drop])}, t.weight)
+        for t, drop in zip(tasks, found, strict=True)
     ]
-    settled = {record.index: record for record in map_shards(RepeatDropping, {}, again, workspace)}
-    return tuple(settled.get(record.index, record) for record in made)
+    return map_shards(ShardSettling, {}, settling, workspace)
 
 
 def _check_failures(
@@ -217,8 +221,14 @@ def _failed_rows(folder: str, records: Sequence[ShardRecord], *, limit: int) -> 
 
 
 def _table(folder: str, record: ShardRecord, columns: list[str]) -> pa.Table:
-    with storage.open_read(storage.join(folder, f"{record.index:05d}.parquet")) as stream:
-        return pq.read_table(stream, columns=columns)
+    url = storage.join(folder, f"{record.index:05d}.parquet")
+    try:
+        with storage.open_read(url) as stream:
+            return pq.read_table(stream, columns=columns)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise CorruptArtifact(
+            f"{url} is missing or damaged: run `darkroom verify --repair` on its folder"
+        ) from error
 
 
 def _carry_prompts(source: SourceConfig, folder: str) -> tuple[FileRecord, ...]:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data.duplicates import Repeat, repeats
+from data.manifest import ShardRecord
 from data.rows import Row
-from data.shards import ShardConfig, drop_repeats, write_shard
+from data.shards import ShardConfig, settle_shard, write_shard
 from data.tars import ShardReader
 
 
@@ -62,35 +63,29 @@ def shard(tmp_path: Path) -> tuple[str, ShardConfig]:
     return str(tmp_path / "out"), config
 
 
-def _repeats(folder: str, config: ShardConfig) -> list[Repeat]:
-    return repeats([pq.read_table(f"{folder}/00000.parquet")], config.near_distance)[0]
-
-
-def test_repeats_leave_the_tar_and_stay_in_the_ledger(shard):
-    folder, config = shard
-    with ShardReader(f"{folder}/00000.tar") as reader:
-        kept = [reader.image(0), reader.image(3)]
-    found = _repeats(folder, config)
+def _settled(shard: tuple[str, ShardConfig], folder: Path) -> ShardRecord:
+    draft, config = shard
+    found = repeats([pq.read_table(f"{draft}/00000.parquet")], config.near_distance)[0]
     assert [repeat.reason for repeat in found] == ["duplicate_image", "near_duplicate_image"]
-    record = drop_repeats(folder, 0, found)
-    assert record.samples == 2 and record.ledger.filtered == {"duplicate_image": 1, "near_duplicate_image": 1}
-    assert record.ledger.attempted == 4
-    with ShardReader(f"{folder}/00000.tar") as reader:
-        assert [reader.image(row) for row in range(2)] == kept
-    assert drop_repeats(folder, 0, _repeats(folder, config)) == record, "doing it again changes nothing"
+    return settle_shard(draft, str(folder), 0, found)
 
 
-def test_killed_between_the_files_it_is_carried_out_by_the_next_attempt(shard):
-    folder, config = shard
-    found, table = _repeats(folder, config), Path(folder, "00000.parquet").read_bytes()
-    record = drop_repeats(folder, 0, found)
-    Path(folder, "00000.parquet").write_bytes(table)  # as if killed after the tar was published
-    assert drop_repeats(folder, 0, _repeats(folder, config)) == record
+def test_repeats_leave_the_tar_and_stay_in_the_ledger(shard, tmp_path):
+    record = _settled(shard, tmp_path / "final")
+    assert record.samples == 2 and record.ledger.attempted == 4
+    assert record.ledger.filtered == {"duplicate_image": 1, "near_duplicate_image": 1}
+    with ShardReader(f"{shard[0]}/00000.tar") as draft, ShardReader(f"{tmp_path}/final/00000.tar") as final:
+        assert [final.image(row) for row in range(2)] == [draft.image(0), draft.image(3)]
 
 
-def test_a_shard_of_nothing_but_repeats_has_no_tar(shard):
-    folder, _ = shard
+def test_settling_again_changes_nothing_and_another_decision_can_still_be_taken(shard, tmp_path):
+    record = _settled(shard, tmp_path / "final")
+    assert settle_shard(shard[0], str(tmp_path / "final"), 0, []).samples == 4
+    assert _settled(shard, tmp_path / "final") == record
+
+
+def test_a_shard_of_nothing_but_repeats_has_no_tar(shard, tmp_path):
     every = [Repeat(f"00000000{row}", "duplicate_image", "x") for row in range(4)]
-    record = drop_repeats(folder, 0, every)
-    assert record.samples == 0 and not Path(folder, "00000.tar").exists()
-    assert drop_repeats(folder, 0, every) == record
+    settle_shard(shard[0], str(tmp_path), 0, [])
+    assert settle_shard(shard[0], str(tmp_path), 0, every).samples == 0
+    assert not (tmp_path / "00000.tar").exists()

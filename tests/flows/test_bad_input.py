@@ -187,8 +187,24 @@ def cli_recipe() -> dict:
 
 
 def test_verify_of_what_darkroom_did_not_make(capsys, tmp_path):
-    assert cli.main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert cli.main(["verify", str(tmp_path)]) == 2
     assert "holds nothing that Darkroom made" in capsys.readouterr().err
+    for place, problem in {
+        str(tmp_path / "nowhere"): "does not exist",
+        "foo://x": "cannot be looked at",
+        "a" * 300: "cannot be looked at",
+        "": "does not exist",
+    }.items():
+        assert cli.main(["verify", place]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_places_that_lead_nowhere_are_one_sentence(capsys, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for arguments in (["--data", str(loop)], ["--data", "~nobody-of-that-name/x"], ["--root", str(loop)]):
+        assert cli.main(["plan", "demo", *arguments]) == 2
+        assert "leads nowhere" in capsys.readouterr().err
 
 
 # --- real runs ------------------------------------------------------------------------------------------------------

@@ -130,6 +130,15 @@ def test_no_shard_for_too_long_is_a_failure_and_not_a_hang(place):
         map_shards(Working, {**arguments, "seconds": 60.0}, [ShardTask(0, "slow")], impatient)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_has_room_for_hold_no_shard_back(place):
+    workspace, arguments = place
+    many = FanoutConfig(num_workers=2 * (os.cpu_count() or 1), stall_seconds=60)
+    tasks = [ShardTask(index, "fine") for index in range(3 * (os.cpu_count() or 1))]
+    records = map_shards(Working, arguments, tasks, Workspace(workspace.folder, workspace.fingerprint, many))
+    assert len(records) == len(tasks)
+
+
 DRIVER = """
 import sys
 from stages.cluster import cluster

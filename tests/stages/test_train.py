@@ -63,7 +63,10 @@ def tiny(**changes) -> VaeConfig:
     ("changes", "sentence"),
     [
         ({"num_workers": 4}, "vae.batch_size=6 is not a multiple of vae.num_workers=4"),
-        ({"fsdp": True}, "vae.fsdp shards weights over workers and needs vae.num_workers of 2 or more"),
+        (
+            {"fsdp": True, "num_workers": 1},
+            "vae.fsdp shards weights over workers and needs vae.num_workers of 2 or more",
+        ),
         ({"num_workers": 6}, "vae.num_workers=6, but the cluster has 0 GPUs"),
     ],
 )

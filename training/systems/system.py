@@ -56,7 +56,11 @@ class TrainConfig(Config):
         "fp32", pattern="^(fp32|bf16)$", description="autocast dtype; weights and optimizer stay fp32"
     )
     seed: int = Field(0, ge=0, description="seeds initial weights, sample order and every draw")
-    num_workers: int = operational(1, ge=1, description="training workers, one device each")
+    num_workers: int | None = operational(
+        None,
+        ge=1,
+        description="training workers, one device each; None: one GPU, or two of the CPUs where there is no GPU",
+    )
     fsdp: bool = operational(
         False, description="shard weights over the workers (FSDP2) instead of replicating them"
     )
