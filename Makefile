@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo install test test-peers test-fast lint format clean
+.PHONY: demo install test test-faults test-peers test-fast lint format clean
 
 demo: .venv/.installed
 	$(BIN)/darkroom run demo
@@ -20,10 +20,13 @@ install: .venv/.installed
 	touch $@
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not peers"
+	$(BIN)/python -m pytest -m "not peers and not faults"
 
 test-peers: .venv/.installed-dev
 	$(BIN)/python -m pytest -m peers
+
+test-faults: .venv/.installed-dev
+	$(BIN)/python -m pytest -m faults
 
 test-fast: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"

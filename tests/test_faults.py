@@ -35,7 +35,7 @@ from flows.runs import spec_of
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CHECKOUT, command, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PICTURES, SHARDS = 60, 10
 SETTINGS = {
