@@ -5,6 +5,7 @@ Legend: B batch of this rank, H W pixels, D embedding width, T longest caption o
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from data.columns import Ragged, open_array, open_ragged, verify_join
 from data.errors import ShardMismatch, UserError
 from data.images import decode
 from data.manifest import Snapshot
+from data.order import held_out
 from data.schema import COLUMNS
 from data.tars import ShardReader
 
@@ -49,9 +51,28 @@ class ColumnSet:
         self._kept = self._kept_rows() if "kept" in self._owner else None
         if self._kept is not None and not len(self._kept):
             raise UserError("embed.min_clip_score leaves no sample: lower it")
+        self._held = np.zeros(0, np.int64)
+        self._is_validation = False
 
     def __len__(self) -> int:
-        return int(self._starts[-1]) if self._kept is None else len(self._kept)
+        return len(self._held) if self._is_validation else self._total - len(self._held)
+
+    def split(self, validation: int) -> tuple[ColumnSet, ColumnSet]:
+        """(training, validation): views of this dataset that share what is open, the second with `validation` samples.
+
+        Which ones is a function of the numbers of samples alone, spread evenly over the dataset: every seed, trainable and
+        worker keeps the same ones out. With 0 the first view is all and the second has no sample. Memory is that of
+        `validation` numbers. Raises UserError when nothing would be left to train on.
+        """
+        assert not len(self._held), "a view is not split again"
+        if not 0 <= validation < len(self):
+            raise UserError(
+                f"{validation} of {len(self)} samples for validation: give 0 to {len(self) - 1}, or more samples"
+            )
+        training, held = copy.copy(self), copy.copy(self)
+        training._held = held._held = held_out(len(self), validation)
+        held._is_validation = True
+        return training, held
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Per-sample shape as batches hold it: (D,), (T, D) padded, (2C, h, w), (H, W, 3)."""
@@ -108,19 +129,20 @@ class ColumnSet:
     @cached_property
     def _decoded(self) -> tuple[np.ndarray, np.ndarray] | None:
         shape = self._row("image", 0).shape
-        if len(self) * int(np.prod(shape)) > IMAGE_CACHE_BYTES:
+        if self._total * int(np.prod(shape)) > IMAGE_CACHE_BYTES:
             return None
-        return np.empty((len(self), *shape), np.uint8), np.zeros(len(self), bool)
+        return np.empty((self._total, *shape), np.uint8), np.zeros(self._total, bool)
 
     def _images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         if self._decoded is None:
             return _stack([self._row("image", i) for i in indices])
         pixels, known = self._decoded
-        for i in indices:
-            if not known[i]:
-                pixels[i] = _stack([self._row("image", i), pixels[i]])[0]
-                known[i] = True
-        return pixels[np.asarray(indices)]
+        places = [self._place(i) for i in indices]
+        for i, place in zip(indices, places, strict=True):
+            if not known[place]:
+                pixels[place] = _stack([self._row("image", i), pixels[place]])[0]
+                known[place] = True
+        return pixels[places]
 
     def _row(self, column: str, index: int) -> np.ndarray:
         shard, row = self._locate(index)
@@ -134,7 +156,19 @@ class ColumnSet:
         """Positions (int64) among all rows of those that count."""
         return np.flatnonzero(np.concatenate([self._open("kept", shard) for shard in self.shards]))
 
+    @property
+    def _total(self) -> int:
+        """Samples of both views."""
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
+
+    def _place(self, index: int) -> int:
+        """Where sample `index` of this view is among those of both."""
+        if self._is_validation:
+            return int(self._held[index])
+        return int(index + np.searchsorted(self._held - np.arange(len(self._held)), index, side="right"))
+
     def _locate(self, index: int) -> tuple[int, int]:
+        index = self._place(index)
         index = index if self._kept is None else self._kept[index]
         at = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.shards[at], int(index - self._starts[at])

@@ -342,3 +342,29 @@ def test_rows_that_kept_leaves_out_are_passed_over_in_every_column(tmp_path):
     )
     with pytest.raises(UserError, match="min_clip_score leaves no sample"):
         ColumnSet([data, scores.model_copy(update={"shards": nothing, "folder": str(tmp_path / "n")})])
+
+
+def _everything(view: ColumnSet) -> list[int]:
+    return view.rows("img_emb", range(len(view)))[:, 0].astype(int).tolist() if len(view) else []
+
+
+@pytest.mark.parametrize("validation", [0, 1, 3, COUNT - 1])
+def test_a_split_shares_the_samples_out_and_training_never_meets_the_held_out(
+    dataset: ColumnSet, validation: int
+) -> None:
+    training, held = dataset.split(validation)
+    assert (len(training), len(held)) == (COUNT - validation, validation)
+    assert sorted(_everything(training) + _everything(held)) == list(range(COUNT))
+    assert _everything(training) == sorted(_everything(training))
+    np.testing.assert_array_equal(
+        training.rows("image", range(len(training))), [_pixels(i) for i in _everything(training)]
+    )
+    assert held.captions(range(validation)) == [f"picture {i}" for i in _everything(held)]
+    assert training.shape("text_hidden") == held.shape("text_hidden") == dataset.shape("text_hidden")
+    seen = set(itertools.chain(*_samples(training, 30, 4)))
+    assert seen == set(_everything(training))
+
+
+def test_a_split_leaves_something_to_train_on(dataset: ColumnSet) -> None:
+    with pytest.raises(UserError, match="11 of 11 samples for validation: give 0 to 10"):
+        dataset.split(COUNT)
