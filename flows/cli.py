@@ -113,6 +113,19 @@ def parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "print the path of a run's page")
     report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     _root(report)
+    compare = _command(
+        commands, "compare", _compare, "hold runs against the first, metric by metric, under one protocol"
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="runs under the root, or latest; two or more")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field of the protocol that is under comparison besides the weights, such as guidance_scale; repeatable",
+    )
+    compare.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(compare)
     _command(commands, "recipes", _recipes, "list the recipes")
     return top
 
@@ -318,6 +331,20 @@ def _report(arguments: argparse.Namespace) -> int:
             f"run {record['run']} ended before its report: run its recipe again without --until or --only"
         )
     console.out.print(record["report"], soft_wrap=True, markup=False)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from flows import console
+    from flows.comparing import compare
+
+    compared = compare(_checked_root(arguments.root), arguments.runs, vary=arguments.vary)
+    if arguments.json:
+        _emit(compared)
+        return 0
+    console.out.print(console.comparison_table(compared))
+    for row in compared["incomparable"]:
+        console.out.print(f"{row['name']}: {'; '.join(row['differences'])}", soft_wrap=True, markup=False)
     return 0
 
 

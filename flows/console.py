@@ -131,6 +131,34 @@ def scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def comparison_table(compared: Mapping[str, Any]) -> Table:
+    """Runs in columns, metrics in rows, and each later run's paired difference from the first."""
+    first, *others = compared["runs"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("score", no_wrap=True)
+    for name in compared["runs"]:
+        table.add_column(escape(name), justify="right")
+    for name in others:
+        table.add_column(escape(f"{name} − {first}, 95 %"), justify="right")
+    for row in compared["metrics"]:
+        arrow = "↑" if row["better"] == "higher" else "↓"
+        values = [f"{row['values'][name]['value']:.4g}" for name in compared["runs"]]
+        held = [_difference(row["against_first"][name]) for name in others]
+        table.add_row(f"{row['name']} {arrow}", *values, *held)
+    for row in compared["incomparable"]:
+        values = [
+            f"{row['values'][n]['value']:.4g} [{row['values'][n]['protocol'][:6]}]" for n in compared["runs"]
+        ]
+        table.add_row(row["name"], *map(escape, values), *["other protocol"] * len(others), style="dim")
+    return table
+
+
+def _difference(held: Mapping[str, Any]) -> str:
+    if held["low"] is None:
+        return f"{held['value']:+.4g}"
+    return f"{held['value']:+.4g} ({held['low']:+.4g} to {held['high']:+.4g}) {held['verdict']}"
+
+
 def _seconds(stage: PlannedStage) -> str:
     if stage.seconds is None:
         return "?"

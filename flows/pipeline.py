@@ -15,6 +15,7 @@ from data import storage
 from stages.catalogue import run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
+from training.metrics.scores import Score
 
 Watch = Callable[[str, float, float, str, str], None]
 """(stage, done, total, unit, note)."""
@@ -63,6 +64,7 @@ def pipeline(
 def _publish(result: dict[str, Any]) -> None:
     if result["name"] == "evaluate":
         scores = json.loads(storage.read_bytes(storage.join(result["uri"], "scores.json")))["scores"]
-        create_table_artifact(table=scores, key="scores")
+        table = [{name: row[name] for name in Score.model_fields} for row in scores]
+        create_table_artifact(table=table, key="scores")
     if result["name"] == "report":
         create_link_artifact(link=storage.join(result["uri"], "report.html"), key="report")

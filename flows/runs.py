@@ -16,6 +16,7 @@ from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
 from stages.report import ReportConfig
+from training.metrics.scores import Score
 
 RECORD = "run.json"
 
@@ -148,7 +149,8 @@ def _outcome(plan: Plan) -> dict[str, Any]:
     folders = {stage.name: stage.folder for stage in plan.stages}
     outcome: dict[str, Any] = {"metrics": {}, "report": None}
     if "evaluate" in folders and storage.exists(path := storage.join(folders["evaluate"], "scores.json")):
-        outcome["metrics"] = {s["name"]: s for s in json.loads(storage.read_bytes(path))["scores"]}
+        rows = json.loads(storage.read_bytes(path))["scores"]
+        outcome["metrics"] = {row["name"]: {k: row[k] for k in Score.model_fields} for row in rows}
     if "report" in folders and storage.exists(storage.join(folders["report"], "report.html")):
         outcome["report"] = storage.join(plan.root, plan.run, "report.html")
     return outcome

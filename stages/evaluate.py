@@ -15,17 +15,22 @@ import torch
 from pydantic import Field
 
 from data import columns, storage
+from data.checksums import checksum_of
 from data.config import Config
+from data.errors import StageFailed
 from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record, keys_digest
 from data.sources import Prompt
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
-from stages.prompts import read_prompts
+from stages.prompts import FILE, read_prompts
 from training.distributed import device
 from training.encoders import ClipEncoder, VaeEncoder
-from training.metrics import inception, scores
+from training.metrics import comparison, inception, scores
+from training.metrics.clip_score import clip_score
+from training.metrics.moments import moments_of
 from training.metrics.prompt_accuracy import prompt_accuracy
+from training.metrics.protocol import Protocol
 from training.randomness import Draws
 from training.systems.unclip import Sampling, Unclip
 
@@ -54,7 +59,10 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     by_kind: dict[str, list[ShardRecord]] = {}
     for task, record in zip(tasks, records, strict=True):
         by_kind.setdefault(task.payload["kind"], []).append(record)
-    measured = _measure(config, inputs, workspace.folder, by_kind)
+    try:
+        measured = _measure(config, inputs, workspace.folder, by_kind)
+    except ValueError as error:  # a metric refuses what it was given, such as features that hold NaN
+        raise StageFailed(f"no scores: {error}") from error
     storage.write_bytes(storage.join(workspace.folder, SCORES), json.dumps(measured, indent=1).encode())
     facts = {"scores": {s["name"]: s["value"] for s in measured["scores"]}}
     files = (file_record(workspace.folder, SCORES),)
@@ -152,24 +160,54 @@ def _measure(
         data.rows("img_emb", rows),
         data.rows("text_emb", rows),
     )
+    real = data.rows("img_emb", range(len(data)))
     found = [
         *scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts]),
-        *scores.embedding_scores(data.rows("img_emb", range(len(data))), fake["img_emb"], fake["text_emb"]),
+        *scores.embedding_scores(real, fake["img_emb"], fake["text_emb"]),
         scores.reconstruction_score(
             data.rows("image", rows), _stored(folder, "reconstructed", measured["real"])
         ),
         cosines["prior_cosine"],
     ]
+    correct = _correct(images, prompts)
+    deletions = {
+        "fd_clip": comparison.frechet_deletions(moments_of(real), fake["img_emb"]),
+        "cmmd": comparison.cmmd_deletions(real, fake["img_emb"]),
+        "clip_score": comparison.mean_deletions(clip_score(fake["img_emb"], fake["text_emb"]).per_sample),
+        **_accuracy_deletions(correct, prompts),
+    }
     if config.inception:
         real, generated = (_stored(folder, "inception", measured[kind]) for kind in ("reference", "fake"))
         found.append(scores.fid_score(real, generated))
+        deletions["fid"] = comparison.frechet_deletions(
+            moments_of(real), generated, max_blocks=scores.JACKKNIFE_BLOCKS
+        )
+    rows_of = [
+        comparison.Measured(
+            **score.model_dump(),
+            protocol=_protocol(score, config, inputs),
+            deletions=deletions.get(score.name),
+        )
+        for score in found
+    ]
     return {
-        "scores": [score.model_dump() for score in found],
+        "scores": [row.model_dump(mode="json") for row in rows_of],
         "prior": [score.model_dump() for score in cosines.values()],
         "attributes": _attributes(images, prompts),
-        "correct": _correct(images, prompts),
-        "protocol": _protocol(config, inputs),
+        "correct": correct,
     }
+
+
+def _accuracy_deletions(
+    correct: Sequence[bool | None], prompts: Sequence[Prompt]
+) -> dict[str, comparison.Deletions]:
+    found = {}
+    for name, wanted in (("prompt_accuracy", False), ("prompt_accuracy_heldout", True)):
+        pairs = zip(correct, prompts, strict=True)
+        right = [float(c) for c, prompt in pairs if c is not None and prompt.heldout is wanted]
+        if len(right) > 1:
+            found[name] = comparison.mean_deletions(np.array(right))
+    return found
 
 
 def _attributes(images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
@@ -195,16 +233,58 @@ def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool | None]
     return verdicts
 
 
-def _protocol(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
-    """What the numbers depend on besides the images; two runs compare only where these agree."""
+def _protocol(score: scores.Score, config: EvaluateConfig, inputs: Inputs) -> Protocol:
+    """What the value of `score` depends on, read from the snapshots that it was computed from."""
+    looked, against = {}, {"reference": inputs["data"].digest, "reference_n": _count(inputs)}
+    if score.name in ("fd_clip", "cmmd", "clip_score", "prior_cosine"):
+        looked = {
+            "extractor": "clip",
+            "extractor_digest": inputs["clip"].digest,
+            "resize": "the encoder's own",
+        }
+    elif score.name == "fid":
+        assert config.inception is not None
+        looked = {
+            "extractor": "inception",
+            "extractor_digest": checksum_of(config.inception).sha256,
+            "resize": "tf1",
+        }
+    elif score.name.startswith("prompt_accuracy"):
+        looked = {"extractor": "recogniser"}
+    if score.name == "vae_psnr":
+        made: dict[str, Any] = {"weights": {"vae": inputs["vae"].digest}}
+    elif score.name == "prior_cosine":
+        made = {"weights": {"prior": inputs["prior"].digest}, "sampling": _sampling(inputs, "prior_")}
+    else:
+        made = _drawn(inputs)
+        against = against if score.name in ("fd_clip", "cmmd", "fid") else {}
+    return Protocol(metric=score.name, n=score.n, **looked, **against, **made)
+
+
+def _drawn(inputs: Inputs) -> dict[str, Any]:
+    """How the generated pictures came about."""
+    drawn = inputs["generate"].config
+    prompts = next(f.sha256 for f in inputs["generate"].files if f.path == FILE)
     return {
-        "extractor": inputs["clip"].digest,
-        "reference": inputs["data"].digest,
-        "reference_samples": _count(inputs),
-        "generate": inputs["generate"].config,
-        "prompts": next(f.sha256 for f in inputs["generate"].files if f.path.endswith("prompts.jsonl")),
-        "weights": {role: inputs[role].digest for role in ("vae", "prior", "denoiser")} | {"averaged": True},
-        "evaluate": config.model_dump(),
+        "prompts": prompts,
+        "images_per_prompt": drawn.get("images_per_prompt", 1),
+        "seeds": (drawn["seed"],),
+        "sampler": drawn.get("sampler", "dpm_solver"),
+        "num_inference_steps": drawn["num_inference_steps"],
+        "guidance_scale": drawn["guidance_scale"],
+        "sampling": _sampling(inputs, ""),
+        "weights": {role: inputs[role].digest for role in ("clip", "vae", "prior", "denoiser")},
+        "ema": bool(inputs["denoiser"].config.get("ema_decay")),
+    }
+
+
+def _sampling(inputs: Inputs, prefix: str) -> dict[str, Any]:
+    """The sampler's settings that have no field of their own in a protocol."""
+    named = {*Protocol.model_fields}
+    return {
+        name: inputs["generate"].config.get(name, field.default)
+        for name, field in Sampling.model_fields.items()
+        if name.startswith(prefix) and name not in named
     }
 
 
@@ -233,7 +313,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
 STAGE = Stage(
     name="evaluate",
-    version=1,
+    version=2,
     reads=lambda _: frozenset({"image", "caption", "img_emb", "text_emb", "generated"}),
     writes=lambda _: frozenset(),
     config=EvaluateConfig,

@@ -40,6 +40,7 @@ from stages.report_page import (
     Variation,
     render,
 )
+from training.metrics.protocol import Protocol
 
 PAGE = "report.html"
 SAMPLES, GRID, RECONSTRUCTED = 18, 48, 8
@@ -91,7 +92,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         plan=plan,
         dataset=_dataset(inputs["data"], data),
         ledger=tuple(_ledger(role, s) for role, s in inputs.items() if s.shards and s.ledger.attempted),
-        scores=tuple(_score(row, measured["protocol"]) for row in measured["scores"]),
+        scores=tuple(_score(row) for row in measured["scores"]),
         accuracy=_accuracy(measured),
         diagnostics=tuple(_diagnostic(row) for row in measured["prior"]),
         reconstructions=_reconstructions(inputs, data),
@@ -178,7 +179,7 @@ def _rows(folder: str, index: int) -> int:
         return pq.ParquetFile(stream).metadata.num_rows
 
 
-def _score(row: dict[str, Any], protocol: dict[str, Any]) -> Score:
+def _score(row: dict[str, Any]) -> Score:
     return Score(
         name=row["name"],
         label=LABELS.get(row["name"], row["name"]),
@@ -189,23 +190,9 @@ def _score(row: dict[str, Any], protocol: dict[str, Any]) -> Score:
         unit=UNITS.get(row["name"], ""),
         n=row["n"],
         meaning=row["meaning"],
-        protocol=_protocol(row["name"], protocol),
+        protocol=Protocol.model_validate(row["protocol"]).sentence,
         headline=row["name"] in HEADLINES,
     )
-
-
-def _protocol(name: str, protocol: dict[str, Any]) -> str:
-    sampling = protocol["generate"]
-    drawn = (
-        f"guidance {sampling['guidance_scale']:g}, {sampling['num_inference_steps']} steps, averaged weights"
-    )
-    if name in ("fd_clip", "cmmd"):
-        return f"CLIP {protocol['extractor'][:8]}, against {protocol['reference_samples']:,} training images, {drawn}"
-    if name == "fid":
-        return f"Inception 2015-12-05, tf1 resize, against {protocol['reference_samples']:,} training images, {drawn}"
-    if name in ("vae_psnr", "prior_cosine"):
-        return "evenly spaced samples of the dataset"
-    return f"prompt list {protocol['prompts'][:8]}, {drawn}"
 
 
 def _accuracy(measured: dict[str, Any]) -> tuple[AttributeAccuracy, ...]:
@@ -331,7 +318,7 @@ def _environment() -> dict[str, str]:
 
 STAGE = Stage(
     name="report",
-    version=1,
+    version=2,
     reads=lambda _: frozenset({"image", "caption", "generated"}),
     writes=lambda _: frozenset(),
     config=ReportConfig,

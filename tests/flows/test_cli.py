@@ -23,6 +23,7 @@ FROZEN = {
     "verify": (["uri"], {"--json", "--repair", "--address"}),
     "index": (["uri"], {"--kind", "--out"}),
     "report": (["run"], {"--root"}),
+    "compare": (["runs"], {"--vary", "--json", "--root"}),
     "recipes": ([], set()),
 }
 """Command -> (positionals, options). What is here is what people and scripts type: add, never change."""

@@ -39,7 +39,7 @@ def jackknife_interval(
     blocks = index_blocks(num_samples, max_blocks)
     everything = np.arange(num_samples)
     deleted = (statistic(np.setdiff1d(everything, block).tolist()) for block in blocks)
-    return _jackknife(statistic(everything.tolist()), deleted, [len(block) for block in blocks])
+    return deleted_interval(statistic(everything.tolist()), deleted, [len(block) for block in blocks])
 
 
 def mean_interval(values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> tuple[float, float]:
@@ -70,7 +70,7 @@ def frechet_interval(
     whole = moments_of(features)
     rest = (without(whole, moments_of(features[block])) for block in blocks)
     deleted = (frechet_distance(reference, moments).value for moments in rest)
-    low, high = _jackknife(
+    low, high = deleted_interval(
         frechet_distance(reference, whole).value, deleted, [len(block) for block in blocks]
     )
     return max(low, 0.0), max(high, 0.0)
@@ -91,9 +91,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return low, high
 
 
-def _jackknife(full: float, deleted: Iterable[float], sizes: list[int]) -> tuple[float, float]:
-    """Delete-a-block jackknife for blocks of unequal size m_j (Busing, Meijer & van der Leeden 1999, "Delete-m
-    jackknife for unequal m")."""
+def deleted_interval(full: float, deleted: Iterable[float], sizes: list[int]) -> tuple[float, float]:
+    """(low, high) around `full`, from its values without each block of `sizes` samples: delete-a-block jackknife for blocks
+    of unequal size (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for unequal m")."""
     n = sum(sizes)
     without_block = list(deleted)
     estimate = len(sizes) * full - sum(

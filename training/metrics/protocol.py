@@ -42,6 +42,23 @@ class Protocol(Config):
         """12 hex digits: equal for values that may share a column."""
         return fingerprint(self.model_dump(mode="json", exclude=set(SUBJECT)))
 
+    @property
+    def sentence(self) -> str:
+        """The protocol in one line, for a page."""
+        looked = f"{self.extractor} {self.extractor_digest[:8]}".strip() + (
+            f", resize {self.resize}" if self.resize else ""
+        )
+        against = f"against {self.reference_n:,} real images {self.reference[:8]}" if self.reference else ""
+        drawn = [
+            f"prompts {self.prompts[:8]}" if self.prompts else "",
+            f"{self.images_per_prompt} images each" if self.images_per_prompt > 1 else "",
+            f"seed {', '.join(map(str, self.seeds))}" if self.seeds else "",
+            self.sampler + (f" in {self.num_inference_steps} steps" if self.num_inference_steps else ""),
+            f"guidance {self.guidance_scale:g}" if self.guidance_scale is not None else "",
+            "averaged weights" if self.ema else "",
+        ]
+        return ", ".join(part for part in (looked, against, *drawn, f"protocol {self.digest[:8]}") if part)
+
 
 def differences(a: Protocol, b: Protocol, *, ignoring: Collection[str] = SUBJECT) -> list[str]:
     """Where two protocols differ, such as `guidance_scale 2.0 and 3.0`; empty where their values compare.

@@ -1,0 +1,97 @@
+"""Runs side by side: their scores under one protocol, paired differences from the first, and what does not compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from data import storage
+from data.errors import UserError
+from flows import runs
+from stages.evaluate import SCORES
+from training.metrics.comparison import Measured, difference
+from training.metrics.protocol import SUBJECT, Protocol, differences
+
+
+def compare(root: str, names: Sequence[str], *, vary: Collection[str] = ()) -> dict[str, Any]:
+    """What `compare --json` prints: {"runs", "metrics": [one per metric under one protocol], "incomparable"}.
+
+    The first run is what the others are held against. Raises UserError for fewer than two runs, a run without scores, a
+    name in `vary` that no protocol has, and when no metric at all was measured under one protocol.
+    """
+    if len(names) < 2:
+        raise UserError("compare needs at least two runs: name the one to hold the others against first")
+    measured = {name: measured_of(root, name) for name in names}
+    if len(measured) < len(names):
+        raise UserError(f"compare {' '.join(names)}: a run is named twice; name different runs")
+    first = measured[names[0]]
+    shared = [metric for metric in first if all(metric in scores for scores in measured.values())]
+    table: dict[str, Any] = {"runs": list(names), "metrics": [], "incomparable": []}
+    for metric in shared:
+        rows = {name: scores[metric] for name, scores in measured.items()}
+        apart = _apart(rows, {*SUBJECT, *vary})
+        table["incomparable" if apart else "metrics"].append(_row(metric, rows, apart, {*SUBJECT, *vary}))
+    if not table["metrics"]:
+        raise UserError(_refusal(names, table["incomparable"]))
+    return table
+
+
+def measured_of(root: str, name: str) -> dict[str, Measured]:
+    """The scores of run `name` with their protocols; UserError when it has none, or older ones without a protocol."""
+    record = runs.find(root, name)
+    folder = record.get("folders", {}).get("evaluate")
+    path = folder and storage.join(folder, SCORES)
+    if not path or not storage.exists(path):
+        raise UserError(
+            f"run {record['run']} has no evaluation: run its recipe again without --until or --only"
+        )
+    rows = json.loads(storage.read_bytes(path))["scores"]
+    if any("protocol" not in row for row in rows):
+        raise UserError(f"run {record['run']} was evaluated without protocols: run its recipe again")
+    return {row["name"]: Measured.model_validate(row) for row in rows}
+
+
+def _apart(rows: Mapping[str, Measured], ignoring: Collection[str]) -> list[str]:
+    (_, first), *others = rows.items()
+    return list(
+        dict.fromkeys(d for _, row in others for d in _differences(first.protocol, row.protocol, ignoring))
+    )
+
+
+def _differences(a: Protocol, b: Protocol, ignoring: Collection[str]) -> list[str]:
+    try:
+        return differences(a, b, ignoring=ignoring)
+    except ValueError as error:
+        raise UserError(f"--vary: {error}") from error
+
+
+def _row(
+    metric: str, rows: Mapping[str, Measured], apart: Sequence[str], ignoring: Collection[str]
+) -> dict[str, Any]:
+    (_, first), *others = rows.items()
+    values = {
+        name: {
+            "value": row.value,
+            "low": row.low,
+            "high": row.high,
+            "n": row.n,
+            "protocol": row.protocol.digest,
+        }
+        for name, row in rows.items()
+    }
+    row: dict[str, Any] = {"name": metric, "better": first.better, "values": values}
+    if apart:
+        return row | {"differences": list(apart)}
+    held = {name: difference(first, other, ignoring=ignoring).model_dump() for name, other in others}
+    return row | {"against_first": held}
+
+
+def _refusal(names: Sequence[str], incomparable: Sequence[Mapping[str, Any]]) -> str:
+    if not incomparable:
+        return f"{' and '.join(names)} have no score in common: nothing to compare"
+    sentences = "; ".join(f"{row['name']} ({', '.join(row['differences'][:3])})" for row in incomparable)
+    return (
+        f"{' and '.join(names)} were measured under different protocols, and their scores do not compare: {sentences}; "
+        "evaluate them alike, or name what is under comparison with --vary"
+    )
