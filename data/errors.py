@@ -8,6 +8,7 @@
     ├── CorruptArtifact      bytes on disk differ from their recorded digest
     ├── LeaseHeld            another run builds the same artifact for longer than this one waits
     └── StageFailed          a stage ended without a snapshot
+        └── GateFailed       an evaluation does not meet a stated condition; its report is written, nothing is promoted
 
 `UserError` is a `ValueError`, so that library callers need not know this tree.
 """
@@ -66,3 +67,7 @@ class LeaseHeld(DarkroomError):
 
 class StageFailed(DarkroomError):
     """A stage that ended without publishing a snapshot; rerunning the same command resumes it."""
+
+
+class GateFailed(StageFailed):
+    """An evaluation that does not meet a gate of its recipe: its report is written, its run is not made the latest."""

@@ -359,13 +359,16 @@ def _recipes(arguments: argparse.Namespace) -> int:  # noqa: ARG001
 
 def _recipe_plan(arguments: argparse.Namespace) -> Any:
     from flows import recipes
+    from flows.comparing import baselines_of
     from flows.graph import unclip_nodes
     from flows.plan import make_plan
 
     recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
     recipe = recipe if arguments.data is None else recipes.with_data(recipe, arguments.data)
-    nodes = unclip_nodes(recipe, retry_failed=arguments.retry_failed)
-    return make_plan(recipe, nodes, _checked_root(arguments.root))
+    root = _checked_root(arguments.root)
+    baselines = baselines_of(recipe, root)
+    nodes = unclip_nodes(recipe, retry_failed=arguments.retry_failed, baselines=baselines)
+    return make_plan(recipe, nodes, root)
 
 
 def _refuse_missing_inputs(plan: Any, name: str) -> None:

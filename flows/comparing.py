@@ -9,8 +9,11 @@ from typing import Any
 from data import storage
 from data.errors import UserError
 from flows import runs
+from flows.recipes import Recipe
+from stages.contract import InputRef
 from stages.evaluate import SCORES
 from training.metrics.comparison import Measured, difference
+from training.metrics.gates import Against, parsed
 from training.metrics.protocol import SUBJECT, Protocol, differences
 
 
@@ -50,6 +53,17 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
     if any("protocol" not in row for row in rows):
         raise UserError(f"run {record['run']} was evaluated without protocols: run its recipe again")
     return {row["name"]: Measured.model_validate(row) for row in rows}
+
+
+def baselines_of(recipe: Recipe, root: str) -> dict[str, InputRef]:
+    """run -> its evaluation, of every run that a gate of `recipe` names; UserError when there is none."""
+    found = {}
+    for gate in map(parsed, recipe.evaluate.gates):
+        if isinstance(gate, Against):
+            measured_of(root, gate.run)
+            folder = runs.find(root, gate.run)["folders"]["evaluate"]
+            found[gate.run] = InputRef(stage="baseline", folder=folder, fingerprint=folder.rsplit("/", 1)[1])
+    return found
 
 
 def _apart(rows: Mapping[str, Measured], ignoring: Collection[str]) -> list[str]:

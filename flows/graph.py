@@ -16,7 +16,7 @@ from stages.catalogue import STAGES
 from stages.contract import InputRef, Stage
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
-from stages.report import ReportConfig
+from stages.report import BASELINE, ReportConfig
 from stages.shard import ShardStageConfig
 from training.encoders import weights_digest
 
@@ -37,10 +37,13 @@ class Node:
         return self.stage.name
 
 
-def unclip_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
+def unclip_nodes(
+    recipe: Recipe, *, retry_failed: bool = False, baselines: Mapping[str, InputRef] | None = None
+) -> list[Node]:
     """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place.
 
-    `retry_failed`: rows that failed for a reason that may pass are attempted again, in new shards.
+    `retry_failed`: rows that failed for a reason that may pass are attempted again, in new shards. `baselines`: the
+    evaluation of every run that a gate names.
     """
     _refuse_misfits(recipe)
     clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
@@ -69,7 +72,8 @@ def unclip_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
         ),
     ]
     everything: dict[str, str | InputRef] = {("data" if n.name == "shard" else n.name): n.name for n in nodes}
-    nodes.append(Node(STAGES["report"], ReportConfig(), everything))
+    everything |= {f"{BASELINE}{run}": ref for run, ref in (baselines or {}).items()}
+    nodes.append(Node(STAGES["report"], ReportConfig(gates=recipe.evaluate.gates), everything))
     check_columns(nodes)
     return nodes
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from data.config import Config, operational
 from data.errors import UnknownPath, UserError
@@ -19,6 +19,7 @@ from stages.embed import EmbedConfig
 from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
+from training.metrics import gates
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig
 from training.systems.prior import PriorConfig
@@ -26,7 +27,24 @@ from training.systems.vae import VaeConfig
 
 
 class EvaluationConfig(GenerateConfig, EvaluateConfig):
-    """What is generated for evaluation, and what is measured of it."""
+    """What is generated for evaluation, what is measured of it, and what it must reach."""
+
+    gates: tuple[str, ...] = Field(
+        (),
+        description="conditions by 95 % interval: 'METRIC <= NUMBER', 'METRIC >= NUMBER', 'not worse than RUN'; a run that fails one exits 1",
+    )
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+
+    @field_validator("gates")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(gates.parsed(text).text for text in value)
 
 
 class Recipe(Config):

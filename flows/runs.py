@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data import storage
-from data.errors import CorruptArtifact, DarkroomError, StageFailed, UserError
+from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
@@ -29,7 +29,10 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     seconds: dict[str, float] = {}
     if pending:
         weights.require(pending)
-        seconds = _run(plan, pending, address=address, verbose=verbose)
+        try:
+            seconds = _run(plan, pending, address=address, verbose=verbose)
+        except GateFailed as error:
+            raise _refused(plan, wanted, error, time.monotonic() - started) from error
     stages = [
         {
             "name": stage.name,
@@ -44,6 +47,18 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
         _keep(plan, record, time.monotonic() - started)
     storage.write_bytes(storage.join(plan.root, "latest"), plan.run.encode())
     return record
+
+
+def _refused(plan: Plan, wanted: Sequence[PlannedStage], error: GateFailed, seconds: float) -> GateFailed:
+    """Keeps the record and the page of a run that failed a gate, and leaves `latest` as it is; returns what to raise."""
+    stages = [
+        {"name": s.name, "status": "failed" if s.name == "report" else s.status.replace("pending", "ran")}
+        | {"seconds": 0.0, "uri": s.folder}
+        for s in wanted
+    ]
+    record = {"run": plan.run, "root": plan.root, "stages": stages, **_outcome(plan)}
+    _keep(plan, record, seconds)
+    return GateFailed(f"{error}; the report is {record['report']}")
 
 
 def find(root: str, name: str) -> dict[str, Any]:
@@ -85,6 +100,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
             run=plan.run,
             recipe=plan.recipe.name,
             plan=tuple(rows),
+            gates=config.gates,
             config=plan.recipe.model_dump(mode="json"),
         )
     return StageSpec(

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from data import columns, storage
 from data.config import Config, operational
+from data.errors import GateFailed
 from data.loader import ColumnSet
 from data.manifest import Ledger, Snapshot, file_record
 from stages.contract import Inputs, Stage, Workspace, commit
@@ -40,6 +42,8 @@ from stages.report_page import (
     Variation,
     render,
 )
+from training.metrics.comparison import Measured
+from training.metrics.gates import Verdict, judge, parsed
 from training.metrics.protocol import Protocol
 
 PAGE = "report.html"
@@ -59,8 +63,14 @@ HEADLINES = {"prompt_accuracy", "prompt_accuracy_heldout", "fd_clip", "clip_scor
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "ray", "prefect")
 
 
+BASELINE = "baseline:"
+"""Roles of inputs that are other runs' evaluations start so; the run's name follows."""
+
+
 class ReportConfig(Config):
-    """What the page says besides what the snapshots hold; none of it names a result."""
+    """What the page says besides what the snapshots hold, and the gates that decide whether the run stands."""
+
+    gates: tuple[str, ...] = Field((), description="as `training.metrics.gates.parsed` reads them")
 
     run: str = operational("")
     recipe: str = operational("")
@@ -69,17 +79,21 @@ class ReportConfig(Config):
 
 
 def run(config: ReportConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
-    """Writes `report.html` and commits."""
+    """Writes `report.html` and commits. Raises GateFailed, after the page is written, when a gate does not hold."""
     started = time.monotonic()
-    page = render(collect(config, inputs))
-    storage.write_bytes(storage.join(workspace.folder, PAGE), page.encode())
+    page = collect(config, inputs)
+    storage.write_bytes(storage.join(workspace.folder, PAGE), render(page).encode())
+    if failed := [gate for gate in page.gates if not gate.held]:
+        raise GateFailed("; ".join(f"gate `{gate.gate}` failed: {gate.reason}" for gate in failed))
     files = (file_record(workspace.folder, PAGE),)
     return commit(STAGE, config, inputs, workspace, started=started, files=files)
 
 
 def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
     """All that the page shows, read from the snapshots."""
-    measured = json.loads(storage.read_bytes(storage.join(inputs["evaluate"].folder, "scores.json")))
+    verdicts = _gates(config, inputs)
+    inputs = {role: snapshot for role, snapshot in inputs.items() if not role.startswith(BASELINE)}
+    measured = _measured(inputs["evaluate"])
     data = ColumnSet([inputs["data"]])
     plan = tuple(_stage_run(row, inputs) for row in config.plan)
     return ReportData(
@@ -93,6 +107,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         dataset=_dataset(inputs["data"], data),
         ledger=tuple(_ledger(role, s) for role, s in inputs.items() if s.shards and s.ledger.attempted),
         scores=tuple(_score(row) for row in measured["scores"]),
+        gates=verdicts,
         accuracy=_accuracy(measured),
         diagnostics=tuple(_diagnostic(row) for row in measured["prior"]),
         reconstructions=_reconstructions(inputs, data),
@@ -104,6 +119,23 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         environment=_environment(),
         config=_without_folders(config.config),
     )
+
+
+def _measured(evaluate: Snapshot) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(storage.join(evaluate.folder, "scores.json")))
+
+
+def _gates(config: ReportConfig, inputs: Inputs) -> tuple[Verdict, ...]:
+    def scores(snapshot: Snapshot) -> dict[str, Measured]:
+        return {row["name"]: Measured.model_validate(row) for row in _measured(snapshot)["scores"]}
+
+    if not config.gates:
+        return ()
+    baselines = {
+        role.removeprefix(BASELINE): scores(s) for role, s in inputs.items() if role.startswith(BASELINE)
+    }
+    own = scores(inputs["evaluate"])
+    return tuple(judge(parsed(gate), own, baselines) for gate in config.gates)
 
 
 def _stage_run(row: dict[str, Any], inputs: Inputs) -> StageRun:

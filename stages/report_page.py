@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from stages import charts
 from stages.charts import Node, Point, Series
+from training.metrics.gates import Verdict
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -192,6 +193,7 @@ class ReportData:
     dataset: Dataset | None = None
     ledger: tuple[LedgerEntry, ...] = ()
     scores: tuple[Score, ...] = ()
+    gates: tuple[Verdict, ...] = ()
     accuracy: tuple[AttributeAccuracy, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
@@ -240,6 +242,7 @@ def sections(data: ReportData) -> dict[str, str]:
     shown = {
         "generated": ("Generated images", data.generated),
         "scores": ("Scores", data.scores or data.accuracy or data.diagnostics),
+        "gates": ("Gates", data.gates),
         "variations": ("Image variations", data.variations),
         "interpolations": ("Interpolations", data.interpolations),
         "reconstructions": ("Reconstructions", data.reconstructions),
