@@ -113,6 +113,20 @@ def parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "print the path of a run's page")
     report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     _root(report)
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "evaluate a finished run at several settings of its sampler"
+    )
+    evaluate.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    evaluate.add_argument(
+        "--sweep",
+        required=True,
+        metavar="FIELD=V1,V2,…",
+        help="a setting of sampling and its values, such as guidance_scale=1,1.5,2,3,5,8 or num_inference_steps=10,20,50",
+    )
+    evaluate.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    evaluate.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")
+    _root(evaluate)
+    _address(evaluate)
     compare = _command(
         commands, "compare", _compare, "hold runs against the first, metric by metric, under one protocol"
     )
@@ -331,6 +345,25 @@ def _report(arguments: argparse.Namespace) -> int:
             f"run {record['run']} ended before its report: run its recipe again without --until or --only"
         )
     console.out.print(record["report"], soft_wrap=True, markup=False)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from flows import console
+    from flows.sweeping import rows_of, sweep
+
+    console.set_up_logging(verbose=arguments.verbose)
+    root = _checked_root(arguments.root)
+    with console.quiet_stdout():
+        found = sweep(
+            root, arguments.run, arguments.sweep, address=arguments.address, verbose=arguments.verbose
+        )
+    if arguments.json:
+        _emit(found)
+        return 0
+    console.out.print(console.plain_table(*rows_of(found)))
+    if found["report"]:
+        console.out.print(found["report"], soft_wrap=True, markup=False)
     return 0
 
 

@@ -131,6 +131,16 @@ def scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of text under a header, figures to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in header:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def comparison_table(compared: Mapping[str, Any]) -> Table:
     """Runs in columns, metrics in rows, and each later run's paired difference from the first."""
     first, *others = compared["runs"]

@@ -17,6 +17,7 @@ from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
 from stages.report import ReportConfig
 from training.metrics.scores import Score
+from training.metrics.tradeoff import Sweep
 
 RECORD = "run.json"
 
@@ -30,7 +31,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     if pending:
         weights.require(pending)
         try:
-            seconds = _run(plan, pending, address=address, verbose=verbose)
+            seconds = run_stages(plan, pending, address=address, verbose=verbose)
         except GateFailed as error:
             raise _refused(plan, wanted, error, time.monotonic() - started) from error
     stages = [
@@ -101,6 +102,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
             recipe=plan.recipe.name,
             plan=tuple(rows),
             gates=config.gates,
+            sweeps=_sweeps(storage.join(plan.root, plan.run)),
             config=plan.recipe.model_dump(mode="json"),
         )
     return StageSpec(
@@ -113,7 +115,18 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
     )
 
 
-def _run(plan: Plan, pending: Sequence[PlannedStage], *, address: str, verbose: bool) -> dict[str, float]:
+def _sweeps(folder: str) -> tuple[Sweep, ...]:
+    """What `darkroom evaluate --sweep` left beside the run's page."""
+    names = [n for n in storage.list_files(folder) if n.startswith("sweep_") and n.endswith(".json")]
+    return tuple(
+        Sweep.model_validate_json(storage.read_bytes(storage.join(folder, n))) for n in sorted(names)
+    )
+
+
+def run_stages(
+    plan: Plan, pending: Sequence[PlannedStage], *, address: str, verbose: bool
+) -> dict[str, float]:
+    """Runs `pending` in order on one cluster as one flow run named by `plan`; returns stage -> seconds."""
     is_local = storage.is_local(plan.root)
     home = storage.local_path(plan.root) / ".prefect" if is_local else Path.home() / ".cache/darkroom/prefect"
     embedded_prefect.configure(home, verbose=verbose)

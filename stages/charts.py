@@ -97,6 +97,42 @@ def line_chart(
     return _svg(height, title, body)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """One labelled point of a trade-off."""
+
+    label: str
+    at: Point
+    joined: bool = False
+    """On the front, which a line joins."""
+    ringed: bool = False
+
+
+def tradeoff(marks: Sequence[Mark], *, title: str, x_label: str, y_label: str) -> Markup:
+    """An `<svg>` of labelled points with their front as a line and the marked one in a ring. Points must be finite."""
+    if len(finite([mark.at for mark in marks])) < max(1, len(marks)):
+        raise ValueError(f"{title!r} has no point or one that is not finite: leave the chart out")
+    height = 226
+    x_axis = _Axis(*_padded([mark.at[0] for mark in marks], pad=0.08), _LEFT, _RIGHT)
+    y_axis = _Axis(*_padded([mark.at[1] for mark in marks], pad=0.1), height - _BOTTOM, _TOP)
+    front = Series(label="front", points=sorted(mark.at for mark in marks if mark.joined))
+    body = [*_y_grid(y_axis), *_x_ticks(x_axis, height)]
+    if len(front.points) > 1:
+        body.append(_polyline(front, x_axis, y_axis))
+    body += [_mark(mark, x_axis(mark.at[0]), y_axis(mark.at[1])) for mark in marks]
+    return _svg(height, title, [*body, *_names(x_label, y_label, height)])
+
+
+def _mark(mark: Mark, x: float, y: float) -> str:
+    colour = _COLOURS["main" if mark.joined else "second"]
+    ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="none" style="stroke:{colour}" stroke-width="1.8"/>'
+    return (
+        f"<g><title>{escape(mark.label)}: {mark.at[0]:.4g}, {mark.at[1]:.4g}</title>{ring if mark.ringed else ''}"
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" style="fill:{colour}"/>'
+        f'<text x="{x:.1f}" y="{y - 10:.1f}" text-anchor="middle">{escape(mark.label)}</text></g>'
+    )
+
+
 def histogram(
     counts: Mapping[int, int], *, title: str, x_label: str, y_label: str, most_bins: int = 24
 ) -> Markup:

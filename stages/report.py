@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ from stages.report_page import (
 from training.metrics.comparison import Measured
 from training.metrics.gates import Verdict, judge, parsed
 from training.metrics.protocol import Protocol
+from training.metrics.tradeoff import Sweep
 
 PAGE = "report.html"
 SAMPLES, GRID, RECONSTRUCTED = 18, 48, 8
@@ -76,17 +77,23 @@ class ReportConfig(Config):
     recipe: str = operational("")
     plan: tuple[dict[str, Any], ...] = operational(())
     config: dict[str, Any] = operational({})
+    sweeps: tuple[Sweep, ...] = operational((), description="trade-off curves to draw")
 
 
 def run(config: ReportConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Writes `report.html` and commits. Raises GateFailed, after the page is written, when a gate does not hold."""
     started = time.monotonic()
-    page = collect(config, inputs)
-    storage.write_bytes(storage.join(workspace.folder, PAGE), render(page).encode())
-    if failed := [gate for gate in page.gates if not gate.held]:
+    shown = collect(config, inputs)
+    storage.write_bytes(storage.join(workspace.folder, PAGE), render(shown).encode())
+    if failed := [gate for gate in shown.gates if not gate.held]:
         raise GateFailed("; ".join(f"gate `{gate.gate}` failed: {gate.reason}" for gate in failed))
     files = (file_record(workspace.folder, PAGE),)
     return commit(STAGE, config, inputs, workspace, started=started, files=files)
+
+
+def page(config: Mapping[str, Any], inputs: Inputs) -> str:
+    """The page that `run` writes for the JSON form of a config, as HTML; nothing is judged and nothing committed."""
+    return render(collect(ReportConfig.model_validate(config), inputs))
 
 
 def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
@@ -108,6 +115,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         ledger=tuple(_ledger(role, s) for role, s in inputs.items() if s.shards and s.ledger.attempted),
         scores=tuple(_score(row) for row in measured["scores"]),
         gates=verdicts,
+        sweeps=config.sweeps,
         accuracy=_accuracy(measured),
         diagnostics=tuple(_diagnostic(row) for row in measured["prior"]),
         reconstructions=_reconstructions(inputs, data),

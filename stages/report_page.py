@@ -22,6 +22,8 @@ from markupsafe import Markup
 from stages import charts
 from stages.charts import Node, Point, Series
 from training.metrics.gates import Verdict
+from training.metrics.tradeoff import FIT, Sweep
+from training.metrics.tradeoff import Curve as TradeOff
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -194,6 +196,7 @@ class ReportData:
     ledger: tuple[LedgerEntry, ...] = ()
     scores: tuple[Score, ...] = ()
     gates: tuple[Verdict, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
     accuracy: tuple[AttributeAccuracy, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
@@ -231,6 +234,7 @@ def render(data: ReportData) -> str:
         config=json.dumps(data.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
         curves=_drawable(data.curves),
         curve_chart=curve_chart,
+        tradeoff_chart=tradeoff_chart,
         lengths_chart=_lengths_chart,
         ledger_chart=_ledger_chart,
         lineage_chart=_lineage_chart,
@@ -243,6 +247,7 @@ def sections(data: ReportData) -> dict[str, str]:
         "generated": ("Generated images", data.generated),
         "scores": ("Scores", data.scores or data.accuracy or data.diagnostics),
         "gates": ("Gates", data.gates),
+        "tradeoff": ("Trade-off", data.sweeps),
         "variations": ("Image variations", data.variations),
         "interpolations": ("Interpolations", data.interpolations),
         "reconstructions": ("Reconstructions", data.reconstructions),
@@ -289,6 +294,21 @@ def curve_chart(curve: Curve) -> Markup:
     ]
     title = f"Loss of {curve.stage} over {len(curve.train)} logged steps"
     return charts.line_chart(series, title=title, x_label="step", y_label="loss", log_y=log_y)
+
+
+def tradeoff_chart(sweep: Sweep, curve: TradeOff) -> Markup:
+    """The chart of one sweep: CLIP score to the right, distance upwards; the front joined, the best point ringed."""
+    marks = [
+        charts.Mark(
+            label=f"{point.setting:g}" if isinstance(point.setting, float) else str(point.setting),
+            at=(point.scores[FIT][0], point.scores[curve.distance][0]),
+            joined=point.setting in curve.pareto,
+            ringed=point.setting == curve.best,
+        )
+        for point in sweep.points
+    ]
+    title = f"{curve.distance} against {FIT} over {sweep.field}"
+    return charts.tradeoff(marks, title=title, x_label="CLIP score", y_label=curve.distance)
 
 
 def score_text(value: float | None, unit: str = "") -> str:

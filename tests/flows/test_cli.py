@@ -23,6 +23,7 @@ FROZEN = {
     "verify": (["uri"], {"--json", "--repair", "--address"}),
     "index": (["uri"], {"--kind", "--out"}),
     "report": (["run"], {"--root"}),
+    "evaluate": (["run"], {"--sweep", "--json", "--verbose", "--root", "--address"}),
     "compare": (["runs"], {"--vary", "--json", "--root"}),
     "recipes": ([], set()),
 }
