@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data.checksums import checksum_of
 from data.config import Config
 from data.errors import UserError
 from data.sources import describe
+from flows.protocols import PROTOCOLS
 from flows.recipes import Recipe
 from stages.catalogue import STAGES
 from stages.contract import InputRef, Stage
-from stages.evaluate import EvaluateConfig
+from stages.evaluate import EvaluateConfig, reference_statistics
 from stages.generate import GenerateConfig
+from stages.prompts import listed_prompts
 from stages.report import BASELINE, ReportConfig
 from stages.shard import ShardStageConfig
 from training.encoders import weights_digest
@@ -49,6 +52,9 @@ def unclip_nodes(
     clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
     generation = recipe.evaluate.model_dump(include=set(GenerateConfig.model_fields))
     generation["seed"] += recipe.seed
+    generation["prompts_digest"] = _prompts_digest(recipe)
+    if recipe.evaluate.prompts and "://" not in recipe.evaluate.prompts:
+        generation["prompts"] = str(Path(recipe.evaluate.prompts).expanduser().resolve())
     measuring = recipe.evaluate.model_dump(include=set(EvaluateConfig.model_fields))
     system = {
         "data": "shard",
@@ -131,6 +137,43 @@ def _refuse_misfits(recipe: Recipe) -> None:
         raise UserError(
             f"evaluate.inception={weights} does not exist: give the file of Inception's weights, or null"
         )
+
+    if recipe.evaluate.reference:
+        if not weights:
+            raise UserError(
+                "evaluate.reference holds Inception's statistics of real images: give evaluate.inception too"
+            )
+        reference_statistics(recipe.evaluate.reference)
+    if not recipe.evaluate.protocol:
+        return
+    name, protocol = recipe.evaluate.protocol, PROTOCOLS[recipe.evaluate.protocol]
+    if protocol.image_size not in (None, shard.image_size):
+        raise UserError(
+            f"evaluate.protocol={name} is defined at {protocol.image_size} px: set shard.image_size={protocol.image_size}, "
+            f"not {shard.image_size}"
+        )
+    for path, what in protocol.needs.items():
+        if not getattr(recipe.evaluate, path):
+            raise UserError(f"evaluate.protocol={name} needs evaluate.{path}: {what}")
+
+
+def _prompts_digest(recipe: Recipe) -> str:
+    """SHA-256 of the prompt manifest; raises UserError when it is missing, another than asked for, or has too few prompts."""
+    path, wanted = recipe.evaluate.prompts, recipe.evaluate.prompts_digest
+    if path is None:
+        return ""
+    count, needed = len(listed_prompts(path)), recipe.evaluate.num_prompts
+    if count < needed:
+        raise UserError(
+            f"evaluate.prompts={path} has {count:,} prompts, and evaluate.num_images={recipe.evaluate.num_images} with "
+            f"{recipe.evaluate.images_per_prompt} per prompt needs {needed:,}: give more prompts or fewer images"
+        )
+    found = checksum_of(path).sha256
+    if wanted and wanted != found:
+        raise UserError(
+            f"evaluate.prompts={path} has SHA-256 {found}, not {wanted} (evaluate.prompts_digest): it is another list"
+        )
+    return found
 
 
 def _encoder(recipe: Recipe, kind: str) -> str | InputRef:

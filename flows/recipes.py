@@ -6,14 +6,15 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data.config import Config, operational
 from data.errors import UnknownPath, UserError
 from data.shards import ShardConfig
 from data.sources import SourceConfig
+from flows.protocols import PROTOCOLS
 from stages.contract import FanoutConfig
 from stages.embed import EmbedConfig
 from stages.encode import EncodeConfig
@@ -29,10 +30,31 @@ from training.systems.vae import VaeConfig
 class EvaluationConfig(GenerateConfig, EvaluateConfig):
     """What is generated for evaluation, what is measured of it, and what it must reach."""
 
+    protocol: str | None = Field(
+        None, description=f"a built-in protocol, which fixes settings of this section: {', '.join(PROTOCOLS)}"
+    )
     gates: tuple[str, ...] = Field(
         (),
         description="conditions by 95 % interval: 'METRIC <= NUMBER', 'METRIC >= NUMBER', 'not worse than RUN'; a run that fails one exits 1",
     )
+
+    @field_validator("protocol")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in PROTOCOLS:
+            raise ValueError(f"there is no protocol {value!r}; there are {', '.join(PROTOCOLS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _as_fixed(self) -> Self:
+        fixed = PROTOCOLS[self.protocol].fixes if self.protocol else {}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"evaluate.protocol={self.protocol} fixes evaluate.{name} at {value}, not {getattr(self, name)}; "
+                    "leave one of the two out"
+                )
+        return self
 
     @field_validator("gates", mode="before")
     @classmethod
@@ -210,7 +232,12 @@ def edited(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """
     known = {path: field for path, field in paths().items() if path not in ("name", "summary")}
     document = recipe.model_dump(mode="json")
+    assignments = [*assignments]
     given: dict[str, str] = {}
+    for assignment in assignments:
+        path, text = _parsed(assignment)
+        if path == "evaluate.protocol" and text in PROTOCOLS:
+            document["evaluate"] |= PROTOCOLS[text].fixes
     for assignment in assignments:
         path, text = _parsed(assignment)
         if path not in known:

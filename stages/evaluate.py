@@ -17,7 +17,7 @@ from pydantic import Field
 from data import columns, storage
 from data.checksums import checksum_of
 from data.config import Config
-from data.errors import StageFailed
+from data.errors import StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record, keys_digest
 from data.sources import Prompt
@@ -28,7 +28,7 @@ from training.distributed import device
 from training.encoders import ClipEncoder, VaeEncoder
 from training.metrics import comparison, inception, scores
 from training.metrics.clip_score import clip_score
-from training.metrics.moments import moments_of
+from training.metrics.moments import Moments, moments_of
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.protocol import Protocol
 from training.randomness import Draws
@@ -43,6 +43,10 @@ class EvaluateConfig(Config):
 
     inception: str | None = Field(
         None, description="path of FID's Inception weights (pt_inception-2015-12-05); None: no FID"
+    )
+    reference: str | None = Field(
+        None,
+        description="path of an npz with mu and sigma of real images' Inception features, for FID; None: the training images",
     )
     reconstruction_images: int = Field(
         256, ge=2, description="real images for the VAE's PSNR and the prior's diagnostics"
@@ -69,6 +73,28 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
 
 
+def reference_statistics(path: str) -> Moments:
+    """Mean and covariance of real images' Inception features from an npz with `mu` (2048,) and `sigma` (2048, 2048), as
+    pytorch-fid and clean-fid write them. Their number is taken from `n` where the file has it.
+
+    Raises UserError when the file is missing, is no such npz, or was made by an extractor of another width.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            mean, covariance = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
+            n = int(stored["n"]) if "n" in stored else inception.WIDTH + 1
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"evaluate.reference={path} cannot be read ({error}): give an npz with mu and sigma of Inception features"
+        ) from error
+    if mean.shape != (inception.WIDTH,) or covariance.shape != (inception.WIDTH, inception.WIDTH):
+        raise UserError(
+            f"evaluate.reference={path} has features of width {mean.shape}, and Inception's are {inception.WIDTH}: it is of "
+            "another extractor"
+        )
+    return Moments(n=n, mean=mean, m2=covariance * (n - 1))
+
+
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:
     payloads: list[tuple[dict[str, Any], int]] = [
         ({"kind": "fake", "block": shard.index}, shard.samples) for shard in inputs["generate"].shards
@@ -77,7 +103,7 @@ def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> l
     for start in range(0, len(chosen), BLOCK):
         rows = chosen[start : start + BLOCK].tolist()
         payloads.append(({"kind": "real", "rows": rows}, len(rows)))
-    if config.inception:
+    if config.inception and not config.reference:
         for start in range(0, total, BLOCK):
             rows = list(range(start, min(start + BLOCK, total)))
             payloads.append(({"kind": "reference", "rows": rows}, len(rows)))
@@ -177,10 +203,15 @@ def _measure(
         **_accuracy_deletions(correct, prompts),
     }
     if config.inception:
-        real, generated = (_stored(folder, "inception", measured[kind]) for kind in ("reference", "fake"))
-        found.append(scores.fid_score(real, generated))
+        reference = (
+            reference_statistics(config.reference)
+            if config.reference
+            else moments_of(_stored(folder, "inception", measured["reference"]))
+        )
+        generated = _stored(folder, "inception", measured["fake"])
+        found.append(scores.fid_score(reference, generated))
         deletions["fid"] = comparison.frechet_deletions(
-            moments_of(real), generated, max_blocks=scores.JACKKNIFE_BLOCKS
+            reference, generated, max_blocks=scores.JACKKNIFE_BLOCKS
         )
     rows_of = [
         comparison.Measured(
@@ -249,6 +280,11 @@ def _protocol(score: scores.Score, config: EvaluateConfig, inputs: Inputs) -> Pr
             "extractor_digest": checksum_of(config.inception).sha256,
             "resize": "tf1",
         }
+        if config.reference:
+            against = {
+                "reference": checksum_of(config.reference).sha256,
+                "reference_n": reference_statistics(config.reference).n,
+            }
     elif score.name.startswith("prompt_accuracy"):
         looked = {"extractor": "recogniser"}
     if score.name == "vae_psnr":

@@ -1,6 +1,6 @@
 """Prompts -> images by the trained system, fanned out in fixed blocks; and a gallery of what the system can do.
 
-Image i is a function of (weights, sampling, seed, i): each block is computed alone, whoever computes it.
+Image k of prompt p is a function of (weights, sampling, seed, p, k): each block is computed alone, whoever computes it.
 Legend: B prompts of a block, D embedding width, H W pixels.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data import columns, storage
+from data.config import operational
 from data.loader import ColumnSet
 from data.manifest import FileRecord, ShardRecord, Snapshot, file_record, keys_digest
 from data.sources import Prompt
@@ -39,13 +40,40 @@ class GenerateConfig(Sampling):
     """What is generated for evaluation."""
 
     num_images: int = Field(500, ge=2, description="images to generate and score")
-    seed: int = Field(0, ge=0, description="with the prompt's index, the only source of randomness")
+    images_per_prompt: int = Field(
+        1, ge=1, description="images per prompt, side by side, each from noise of its own; divides num_images"
+    )
+    prompts: str | None = operational(
+        None,
+        description="a file of prompts (.txt, .jsonl, .tsv, .csv), at least num_images / images_per_prompt; None: the dataset's own",
+    )
+    prompts_digest: str = Field(
+        "", description="SHA-256 of that file; filled in, or given to insist on one file"
+    )
+    seed: int = Field(
+        0, ge=0, description="with the indices of prompt and image, the only source of randomness"
+    )
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> Self:
+        if self.num_images % self.images_per_prompt:
+            raise ValueError(
+                f"num_images={self.num_images} is no multiple of images_per_prompt={self.images_per_prompt}: every prompt gets "
+                "the same number of images"
+            )
+        return self
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are drawn from."""
+        return self.num_images // self.images_per_prompt
 
 
 def run(config: GenerateConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Generates every block and the gallery, and commits."""
     started = time.monotonic()
-    prompts = evaluation_prompts(inputs["data"], config.num_images)
+    chosen = evaluation_prompts(inputs["data"], config.num_prompts, config.prompts)
+    prompts = [prompt for prompt in chosen for _ in range(config.images_per_prompt)]
     write_prompts(workspace.folder, prompts)
     parents = {role: snapshot.digest for role, snapshot in inputs.items()}
     starts = range(0, len(prompts), BLOCK)
@@ -87,7 +115,8 @@ class Generating:
         )
 
     def _block(self, start: int, prompts: list[Prompt]) -> np.ndarray:
-        draws = self._draws(range(start, start + len(prompts)))
+        each = self.config.images_per_prompt
+        draws = self._draws(noise_index(i, each) for i in range(start, start + len(prompts)))
         return _pictures(self.system.generate([p.text for p in prompts], draws, self.config))
 
     def _gallery(self, folder: str) -> tuple[FileRecord, ...]:
@@ -131,8 +160,15 @@ class Generating:
             items += [_item("interpolation", group, at, label, image) for at, image in enumerate(pictures)]
         return items
 
-    def _draws(self, index: Any) -> Draws:
+    def _draws(self, index: Iterable[int]) -> Draws:
         return Draws(self.config.seed, torch.tensor(list(index), dtype=torch.int64, device=device()))
+
+
+def noise_index(image: int, images_per_prompt: int) -> int:
+    """What the noise of image `image` depends on besides the seed: its prompt's index, and above bit 32 which of the
+    prompt's images it is. An image's noise stays what it is when more images per prompt are asked for."""
+    prompt, which = divmod(image, images_per_prompt)
+    return which << 32 | prompt
 
 
 def _pictures(images: torch.Tensor) -> np.ndarray:

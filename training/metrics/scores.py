@@ -15,7 +15,7 @@ from training.metrics.clip_score import clip_score
 from training.metrics.frechet import frechet_distance
 from training.metrics.intervals import frechet_interval, jackknife_interval, mean_interval, wilson_interval
 from training.metrics.kernel import cmmd
-from training.metrics.moments import moments_of
+from training.metrics.moments import Moments, moments_of
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.reconstruction import psnr
 
@@ -111,9 +111,8 @@ def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) ->
     return {name: _cosine(name, a, b, meaning) for name, (a, b, meaning) in pairs.items()}
 
 
-def fid_score(real: np.ndarray, fake: np.ndarray) -> Score:
-    """`fid` from Inception features of real (M, 2048) and generated images (N, 2048)."""
-    reference = moments_of(real)
+def fid_score(reference: Moments, fake: np.ndarray) -> Score:
+    """`fid` from the moments of real images' Inception features and those of generated images (N, 2048)."""
     value = frechet_distance(reference, moments_of(fake)).value
     interval = frechet_interval(reference, fake, max_blocks=JACKKNIFE_BLOCKS)
     return _score("fid", value, *interval, len(fake), "lower", "Fréchet Inception distance, tf1 resize")
