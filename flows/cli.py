@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "print the path of a run's page")
     report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     _root(report)
+    _evaluation_commands(commands)
+    _command(commands, "recipes", _recipes, "list the recipes")
+    return top
+
+
+def _evaluation_commands(commands: Any) -> None:
     evaluate = _command(
         commands, "evaluate", _evaluate, "evaluate a finished run at several settings of its sampler"
     )
@@ -140,8 +146,6 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--json", action="store_true", help="one JSON line on stdout")
     _root(compare)
-    _command(commands, "recipes", _recipes, "list the recipes")
-    return top
 
 
 def _command(
