@@ -35,13 +35,13 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "brown": (100, 60, 25)}
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": 4.5, "large": 7.0}
+SIZES = {"small": 5.3, "large": 7.2}
 """Radius of the circle in pixels; the square encloses it, triangle and star reach beyond it."""
 POSITIONS = {
-    "left": (-5.2, 0.0),
-    "right": (5.2, 0.0),
-    "top": (0.0, -5.2),
-    "bottom": (0.0, 5.2),
+    "left": (-4.8, 0.0),
+    "right": (4.8, 0.0),
+    "top": (0.0, -4.8),
+    "bottom": (0.0, 4.8),
     "centre": (0.0, 0.0),
 }
 """Offset of the centroid from the centre of the picture in pixels, x to the right, y down."""

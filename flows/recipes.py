@@ -139,7 +139,6 @@ def demo() -> Recipe:
             adam_beta2=0.95,
             warmup_steps=40,
             ema_decay=0.995,
-            precision="bf16",
         ),
         prior=PriorConfig(max_steps=400, batch_size=128, learning_rate=1e-3, ema_decay=0.99),
         denoiser=DenoiserConfig(

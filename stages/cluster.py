@@ -18,7 +18,9 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_worker_niceness": "0",
 }
+"""Ray's workers would run at niceness 15: beside anything else that wants a CPU, training all but stops."""
 
 
 @contextmanager
