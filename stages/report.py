@@ -281,6 +281,9 @@ def _curve(snapshot: Snapshot) -> Curve:
     return Curve(
         stage=snapshot.stage,
         train=tuple((row["step"], row["loss"]) for row in rows),
+        validation=tuple(
+            (row["step"], loss) for row in rows if (loss := row.get("validation_loss")) is not None
+        ),
     )
 
 

@@ -86,6 +86,11 @@ def _refuse_impossible(name: str, config: TrainConfig) -> None:
         raise UserError(
             f"{name}.batch_size={config.batch_size} is not a multiple of {name}.num_workers={config.num_workers}: change either"
         )
+    if config.batch_size // config.num_workers % config.accumulate:
+        raise UserError(
+            f"{name}.accumulate={config.accumulate} does not divide a worker's {config.batch_size // config.num_workers} samples "
+            f"of {name}.batch_size={config.batch_size}: change either"
+        )
     if config.fsdp and config.num_workers == 1:
         raise UserError(
             f"{name}.fsdp shards weights over workers and needs {name}.num_workers of 2 or more; it is 1"
@@ -209,18 +214,17 @@ def _worker(spec: dict[str, Any]) -> None:
             )
         )
 
-    def report(row: loop.Report) -> None:
+    def report(row: loop.Row) -> None:
         if distributed.rank() == 0:
-            board.write.remote(row.step, row.loss, row.samples_per_second)
+            board.write.remote(row["step"], row["loss"], row["samples_per_second"])
 
     state = loop.train(
         trainable, from_step, config, folder / "checkpoints", identity=spec["identity"], report=report
     )
     facts = loop.publish(trainable, state, folder)
     if distributed.rank() == 0:
-        timeless = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in state.curve or []]
         pq.write_table(
-            pa.Table.from_pylist(timeless), folder / "curve.parquet"
+            pa.Table.from_pylist(state.curve or []), folder / "curve.parquet"
         )  # its digest is part of what comes after
         facts = {
             **facts,

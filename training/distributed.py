@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from training.execution import blocks
 
 
 def rank() -> int:
@@ -25,6 +28,15 @@ def barrier() -> None:
     """Returns once every worker has called it."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every worker's `value`, by rank, on every worker: small plain objects only."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -77,13 +89,24 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+@contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Backward passes inside the block sum gradients over the workers, or keep them for a later one that does."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(enabled)  # type: ignore[operator]
+        yield
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
 def _fully_shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device().type, (world_size(),))
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, mesh=mesh)
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)

@@ -7,38 +7,24 @@ position holds and every random number it meets depend on (seed, position) alone
 from __future__ import annotations
 
 import logging
-import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training import checkpoint, distributed, optim
+from training import checkpoint, distributed, execution, flops, optim, spikes, validation
 from training.checkpoint import TrainState
 from training.ema import Ema
 from training.randomness import Draws
 from training.systems.system import Batch, Trainable, TrainConfig
+from training.window import Window, timed
 
 log = logging.getLogger("darkroom.train")
 
-LOG_EVERY = 20
-"""Steps between looks at the loss; a look is the only time that a step waits for its device."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """How far training is."""
-
-    step: int
-    max_steps: int
-    loss: float
-    samples_per_second: float
-
+Row: TypeAlias = dict[str, Any]
+"""A row of the curve; with `window.TIMES` where it is reported."""
 
 Batches = Callable[[int], Iterator[Batch]]
 """first step -> this rank's batches from that step on, on the training device."""
@@ -51,30 +37,73 @@ def train(
     folder: Path,
     *,
     identity: str,
-    report: Callable[[Report], None] = lambda _: None,
+    report: Callable[[Row], None] = lambda _: None,
+    key_of: spikes.KeyOf = str,
+    held_out: validation.HeldOut | None = None,
 ) -> TrainState:
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the final state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
-    Raises FloatingPointError when the loss is not finite, naming the steps.
+    `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
+    averaged weights are asked about every `config.validate_every` steps.
+    Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
     state = build_state(trainable, config)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
-    window = Window(config, state)
-    for batch in batches(state.clock):
-        if state.clock >= config.max_steps:
+    while state.clock < config.max_steps:
+        try:
+            _run(trainable, state, batches, config, folder, identity, report, key_of, held_out)
             break
-        loss, grad_norm = step(trainable, state, batch, config)
-        state.clock += 1
-        if window.is_due(state.clock, loss, grad_norm):
-            row = window.close(state.clock)
-            state.curve = [*(state.curve or []), row]
-            report(Report(state.clock, config.max_steps, row["loss"], row["samples_per_second"]))
-        if state.clock % config.checkpoint_every == 0 or state.clock == config.max_steps:
-            state.pending = window.look(state.clock)
-            checkpoint.save(folder, state, identity)
+        except spikes.Diverged as error:
+            if config.on_spike != "rollback":
+                raise
+            _roll_back(state, error, folder, identity)
     return state
+
+
+def _run(
+    trainable: Trainable,
+    state: TrainState,
+    batches: Batches,
+    config: TrainConfig,
+    folder: Path,
+    identity: str,
+    report: Callable[[Row], None],
+    key_of: spikes.KeyOf,
+    held_out: validation.HeldOut | None,
+) -> None:
+    """Steps from the state's clock to the end of the batches or of training."""
+    window = Window(trainable, config, state, key_of)
+    for batch in timed(batches(state.clock), window):
+        network = flops.Recorded(state.model) if window.flops_per_step is None else state.model
+        window.add(*step(trainable, state, batch, config, window.norm_limit, network), batch["position"])
+        state.clock += 1
+        if isinstance(network, flops.Recorded):
+            window.count_flops(network, state.clock)
+        if window.is_due(state.clock):
+            since, row = window.rows_end, window.close(state)
+            if held_out is not None and validation.is_due(since, state.clock, config):
+                row |= window.validated(validation.validation_loss(trainable, state, config, held_out))
+            report(row)
+        is_last = state.clock == config.max_steps
+        if is_last or state.clock % config.checkpoint_every == 0:
+            state.pending = window.look(state.clock)
+            if is_last or not window.is_in_trouble:
+                checkpoint.save(folder, state, identity)
+        if is_last:
+            return
+
+
+def _roll_back(state: TrainState, error: spikes.Diverged, folder: Path, identity: str) -> None:
+    """Weights and optimizer of the last checkpoint, and the clock as it is: the samples since then are passed over."""
+    clock = state.clock
+    if not checkpoint.restore(folder, state, identity):
+        raise error
+    log.warning("%s; going on from step %d with the weights of step %d", error, clock, state.clock)
+    state.curve = spikes.rolled_back(state.curve, error)
+    state.clock, state.pending = clock, []
+    checkpoint.save(folder, state, identity)
 
 
 def build_state(trainable: Trainable, config: TrainConfig) -> TrainState:
@@ -82,76 +111,63 @@ def build_state(trainable: Trainable, config: TrainConfig) -> TrainState:
     torch.manual_seed(config.seed)
     model = trainable.build().to(distributed.device())
     model.train()
+    model = execution.prepared(model, config, world_size=distributed.world_size())
     model = distributed.distribute(model, fsdp=config.fsdp)
     ema = Ema(distributed.unwrap(model), config.ema_decay)  # names without DDP's prefix, whatever the world
     return TrainState(model, optim.build_optimizer(model, config), ema)
 
 
 def step(
-    trainable: Trainable, state: TrainState, batch: Batch, config: TrainConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns (loss, gradient norm) as scalars still on the device."""
+    trainable: Trainable,
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    norm_limit: float,
+    network: Callable[..., Any],
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step; (per-sample losses (B,), global gradient norm ()), still on the device. Collective.
+
+    A gradient norm that is no number or above `norm_limit` leaves weights and optimizer as they are. `network` is the
+    state's model, or what calls it.
+    """
     optim.set_learning_rate(state.optimizer, optim.learning_rate(state.clock, config))
-    draws = Draws(config.seed, batch["position"])
-    bf16 = config.precision == "bf16"
-    with torch.autocast(batch["position"].device.type, torch.bfloat16, enabled=bf16):
-        loss = trainable.loss(state.model, batch, draws).mean()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm)
+    losses = [
+        _backward(trainable, state.model, part, config, network, is_last=i == config.accumulate)
+        for i, part in enumerate(parts(batch, config.accumulate), 1)
+    ]
+    grad_norm = distributed.whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad_norm))
+    state.optimizer.found_inf = spikes.found_inf(grad_norm, norm_limit)  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.clock)
-    return loss.detach(), distributed.whole(grad_norm)
+    return torch.cat(losses), grad_norm
 
 
-class Window:
-    """The losses since the curve's last row, kept on the device until someone looks; `state` brings those before a resume."""
+def _backward(
+    trainable: Trainable,
+    model: nn.Module,
+    part: Batch,
+    config: TrainConfig,
+    network: Callable[..., Any],
+    *,
+    is_last: bool,
+) -> Tensor:
+    """Adds the part's share to the gradients; its per-sample losses."""
+    draws = Draws(config.seed, part["position"])
+    device, bf16 = part["position"].device.type, config.precision == "bf16"
+    with distributed.gradient_sync(model, enabled=is_last):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            losses = trainable.loss(network, part, draws)  # type: ignore[arg-type]
+        (losses.mean() / config.accumulate).backward()
+    return losses.detach()
 
-    def __init__(self, config: TrainConfig, state: TrainState) -> None:
-        self.config = config
-        self.losses = [torch.tensor(loss, device=distributed.device()) for loss in state.pending]
-        self.grad_norm = torch.zeros(())
-        self.opened = (state.clock, time.monotonic())
 
-    def is_due(self, clock: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
-        """Takes one step's scalars; whether it is time to look at them."""
-        self.losses.append(loss)
-        self.grad_norm = grad_norm
-        return clock % LOG_EVERY == 0 or clock == self.config.max_steps
-
-    def look(self, clock: int) -> list[float]:
-        """The loss of each step of the window, mean over ranks. Collective.
-
-        Raises FloatingPointError naming the steps when a loss, or the newest gradient, is not finite.
-        """
-        if not self.losses:
-            return []
-        losses = distributed.mean_over_ranks(torch.stack(self.losses)).tolist()
-        norm, first = float(self.grad_norm), clock - len(losses) + 1
-        if bad := [(first + i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]:
-            problem = f"the loss is {bad[0][1]} at step {bad[0][0]}"
-        elif not math.isfinite(norm):
-            problem = f"the gradient's norm is {norm} at step {clock}"
-        else:
-            return losses
-        raise FloatingPointError(
-            f"{problem}, seen between steps {first} and {clock}: lower the learning rate or clip_grad_norm"
-        )
-
-    def close(self, clock: int) -> dict[str, float]:
-        """The window's row of the training curve, mean over ranks; opens the next window. Raises as `look` does."""
-        loss = statistics.fmean(self.look(clock))
-        first, since = self.opened
-        seconds = max(time.monotonic() - since, 1e-9)
-        self.losses, self.opened = [], (clock, time.monotonic())
-        return {
-            "step": clock,
-            "samples": clock * self.config.batch_size,
-            "loss": loss,
-            "grad_norm": float(self.grad_norm),
-            "learning_rate": optim.learning_rate(clock - 1, self.config),
-            "samples_per_second": (clock - first) * self.config.batch_size / seconds,
-        }
+def parts(batch: Batch, count: int) -> list[Batch]:
+    """`batch` in `count` equal parts, in order."""
+    size = len(batch["position"]) // count
+    if count == 1:
+        return [batch]
+    return [{name: values[i * size : (i + 1) * size] for name, values in batch.items()} for i in range(count)]
 
 
 def publish(trainable: Trainable, state: TrainState, folder: Path) -> dict[str, Any]:

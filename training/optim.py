@@ -11,15 +11,26 @@ from training.systems.system import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, vectors (norms, biases, scales) do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Fused AdamW; `decays` says which weights decay."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices = [p for name, p in trained if decays(name, p) and id(p) not in embeddings]
+    decayed = {id(p) for p in matrices}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for _, p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]
     betas = (0.9, config.adam_beta2)
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix or a kernel of a layer: not a bias, a norm, a scale, nor a table of positions or tokens.
+
+    Such tables are bare parameters that transformers of open_clip and diffusers name `…_embedding`.
+    """
+    return parameter.ndim >= 2 and not name.rpartition(".")[2].endswith("embedding")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

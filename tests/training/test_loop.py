@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training import checkpoint, distributed, loop, optim
+from training import checkpoint, distributed, loop, optim, window
 from training.checkpoint import TrainState
-from training.loop import Report
 from training.randomness import Draws
 from training.systems.system import Batch, TrainConfig
 
@@ -29,6 +28,7 @@ CHECKOUT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     max_steps=8, batch_size=12, warmup_steps=3, learning_rate=0.02, ema_decay=0.9, checkpoint_every=3, seed=4
 )
+FAILING = CONFIG.model_copy(update={"on_spike": "fail"})
 
 
 class Net(nn.Module):
@@ -101,7 +101,7 @@ def _train(folder: Path, config: TrainConfig = CONFIG, last_step: int = 10**9, *
 
 
 def _timeless(curve: list[dict[str, float]] | None) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in curve or []]
+    return [{k: v for k, v in row.items() if k not in window.TIMES} for row in curve or []]
 
 
 def _weights(state: TrainState) -> dict[str, Tensor]:
@@ -143,25 +143,42 @@ def test_training_learns_and_the_seed_decides_the_result(tmp_path: Path) -> None
 def test_the_curve_has_a_row_per_interval_and_one_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 3)
-    reports: list[Report] = []
+    monkeypatch.setattr(window, "LOG_EVERY", 3)
+    reports: list[loop.Row] = []
     state = _train(tmp_path, report=reports.append)
     assert state.curve and [row["step"] for row in state.curve] == [3, 6, 8]
     assert [row["samples"] for row in state.curve] == [36, 72, 96]
     rates = [optim.learning_rate(step - 1, CONFIG) for step in (3, 6, 8)]
     assert [row["learning_rate"] for row in state.curve] == rates
-    assert [(r.step, r.max_steps, r.loss) for r in reports] == [
-        (r["step"], 8, r["loss"]) for r in state.curve
-    ]
-    assert all(r.samples_per_second > 0 for r in reports)
+    assert _timeless(reports) == state.curve, "what is kept has no times"
+    assert all(r["samples_per_second"] == r["samples_per_second_per_device"] > 0 for r in reports)
+    assert all(0 <= r["data_wait"] <= 1 for r in reports)
 
 
 def test_a_row_is_the_mean_loss_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(window, "LOG_EVERY", 1)
     each = [row["loss"] for row in _train(tmp_path / "each").curve or []]
-    monkeypatch.setattr(loop, "LOG_EVERY", 4)
+    monkeypatch.setattr(window, "LOG_EVERY", 4)
     means = [row["loss"] for row in _train(tmp_path / "four").curve or []]
     assert means == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 4])
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 12])
+def test_parts_of_a_batch_one_after_the_other_make_the_step_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    monkeypatch.setattr(window, "LOG_EVERY", 1)
+    whole = _train(tmp_path / "whole")
+    trainable = Regression()
+    state = _train(
+        tmp_path / "parts", CONFIG.model_copy(update={"accumulate": accumulate}), trainable=trainable
+    )
+    size = 12 // accumulate
+    assert trainable.seen == [list(range(k * size, (k + 1) * size)) for k in range(8 * accumulate)]
+    for one, other in zip(state.curve or [], whole.curve or [], strict=True):
+        assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
+    for name, tensor in _weights(state).items():
+        torch.testing.assert_close(tensor, _weights(whole)[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kills", [(1,), (3,), (5, 7), (3, 6, 8)])
@@ -169,7 +186,7 @@ def test_an_interrupted_run_ends_with_the_weights_and_the_curve_of_an_unbroken_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(
-        loop, "LOG_EVERY", 5
+        window, "LOG_EVERY", 5
     )  # no multiple of checkpoint_every: rows straddle the interruptions
     unbroken = _train(tmp_path / "unbroken")
     for last_step in kills:
@@ -182,20 +199,22 @@ def test_an_interrupted_run_ends_with_the_weights_and_the_curve_of_an_unbroken_o
 
 
 @pytest.mark.parametrize(
-    ("what", "step", "problem"), [("loss", 5, "loss is nan at step 5"), ("grad", 6, "norm is nan at step 6")]
+    ("what", "step", "problem"), [("loss", 5, "norm is nan at step 5"), ("grad", 6, "norm is nan at step 6")]
 )
 def test_what_is_not_a_number_names_the_steps_and_is_never_saved(
     tmp_path: Path, what: str, step: int, problem: str
 ) -> None:
     for resumed_at in (0, 3):
-        with pytest.raises(FloatingPointError, match=rf"{problem}, seen between steps \d and 6: lower"):
-            _train(tmp_path, trainable=Spoiled(step - resumed_at, what))
+        with pytest.raises(
+            FloatingPointError, match=rf"{problem}: the largest loss is .*, of sample \d+; lower"
+        ):
+            _train(tmp_path, FAILING, trainable=Spoiled(step - resumed_at, what))
         assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000003"]
 
 
 def test_a_gradient_that_is_no_number_at_the_last_step_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="norm is nan at step 8"):
-        _train(tmp_path, trainable=Spoiled(8, "grad"))
+        _train(tmp_path, FAILING, trainable=Spoiled(8, "grad"))
 
 
 def test_what_is_published_is_the_average_and_training_weights_stay(tmp_path: Path) -> None:
@@ -269,7 +288,7 @@ def _assert_close(folder: Path, expected: dict[str, Tensor]) -> None:
 def test_two_workers_do_what_one_does_but_for_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch, fsdp: bool
 ) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(window, "LOG_EVERY", 1)
     alone, weights = _single(tmp_path / "one")
     ranks = launch("two", fsdp=fsdp)
     assert {rank["world_size"] for rank in ranks} == {2}
@@ -288,7 +307,7 @@ def test_two_workers_do_what_one_does_but_for_rounding(
 def test_a_run_of_two_workers_goes_on_with_one_and_the_other_way_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch, fsdp: bool
 ) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 5)
+    monkeypatch.setattr(window, "LOG_EVERY", 5)
     alone, weights = _single(tmp_path / "one")
     ranks = launch("moving", last_step=4, fsdp=fsdp)
     assert [len(rank["seen"]) for rank in ranks] == [4, 4]
@@ -306,7 +325,7 @@ def test_a_run_of_two_workers_goes_on_with_one_and_the_other_way_round(
 
 def _work(folder: Path, settings: dict[str, Any], last_step: int) -> None:
     """One worker: trains, publishes, and records what it saw."""
-    loop.LOG_EVERY = 1 if folder.name == "two" else 5
+    window.LOG_EVERY = 1 if folder.name == "two" else 5
     config, trainable = CONFIG.model_copy(update=settings), Regression()
     with distributed.process_group():
         state = _train(folder / "checkpoints", config, last_step, trainable=trainable)

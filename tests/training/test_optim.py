@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from training.optim import build_optimizer, learning_rate, set_learning_rate
+from training.systems import clip, denoiser, prior, vae
 from training.systems.system import TrainConfig
 
 CONFIG = TrainConfig(max_steps=110, warmup_steps=10, learning_rate=0.2)
@@ -47,8 +48,38 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     groups = build_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
     decayed, plain = ({id(p) for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert decayed == {id(model[0].weight), id(model[3].weight)}
-    assert plain == {id(model[0].bias), id(model[1].weight), id(model[1].bias), id(model[2].bias)}
+    assert decayed == {id(model[0].weight)}
+    norm, linear, table = model[1:]
+    assert plain == {id(p) for p in (model[0].bias, norm.weight, norm.bias, linear.bias, table.weight)}
+
+
+def test_of_the_real_networks_what_is_no_matrix_of_a_layer_does_not_decay(columns) -> None:
+    clip_config = clip.ClipConfig(image_size=16, vision_layers=1, text_layers=1, context_length=12)
+    small = denoiser.DenoiserConfig(block_out_channels=(8, 8), num_attention_heads=2, norm_num_groups=4)
+    built = {
+        "clip": clip.fit(clip_config, columns),
+        "vae": vae.fit(vae.VaeConfig(block_out_channels=(8, 8), norm_num_groups=4), columns),
+        "prior": prior.fit(prior.PriorConfig(num_layers=1), columns),
+        "denoiser": denoiser.fit(small, columns),
+    }
+    plain_matrices = {}
+    for name, trainable in built.items():
+        model = trainable.build()
+        decayed, plain = ({id(p) for p in g["params"]} for g in build_optimizer(model, small).param_groups)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert len(decayed) + len(plain) == len(parameters) and not decayed & plain
+        assert all(
+            n.endswith(("weight", "proj", "text_projection"))
+            for n, p in parameters.items()
+            if id(p) in decayed
+        )
+        plain_matrices[name] = {n for n, p in parameters.items() if id(p) in plain and p.ndim > 1}
+    assert plain_matrices == {
+        "clip": {"positional_embedding", "visual.positional_embedding", "token_embedding.weight"},
+        "vae": set(),
+        "prior": {"positional_embedding", "prd_embedding"},
+        "denoiser": set(),
+    }
 
 
 def test_without_a_gradient_a_matrix_shrinks_by_rate_times_decay_and_a_vector_stays() -> None:

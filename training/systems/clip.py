@@ -65,6 +65,11 @@ class ClipConfig(TrainConfig):
                 raise ValueError(
                     f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}"
                 )
+        if self.accumulate > 1:
+            raise ValueError(
+                f"accumulate {self.accumulate} would show each caption fewer pictures than batch_size: CLIP's loss needs the "
+                "whole batch at once; use more workers, or activation_checkpointing"
+            )
         return self
 
 
@@ -84,7 +89,7 @@ class Clip:
     def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Contrastive loss of each sample against the captions and pictures of all ranks: (B,) float32."""
         device = batch["image"].device
-        tokens = tokenized(tuple(batch["caption"]), self.config.context_length).to(device)
+        tokens = tokenized(tuple(batch["caption"]), self.config.context_length).to(device, non_blocking=True)
         moved = shifted(batch["image"], self._shifts(draws), self.config.max_shift)
         image, text, scale = model(preprocessed(moved, preprocess_config(self.config)), tokens)
         return contrastive_loss(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))

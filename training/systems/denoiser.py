@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Objective, noised, per_sample_mse
 from training.diffusion.sampling import dpm_solver
 from training.randomness import Draws
-from training.systems.embeddings import chosen, padded, widened, widened_statistics
+from training.systems.embeddings import chosen, padded, resident, widened, widened_statistics
 from training.systems.system import Batch, Columns, TrainConfig
 
 AUGMENTATION = Objective("epsilon", "squaredcos_cap_v2")
@@ -139,12 +139,18 @@ class Denoiser:
             projection_class_embeddings_input_dim=2 * self.embed_dim,
         )
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The timesteps (B,) that training draws for these samples."""
+        return self.config.objective().timesteps(
+            draws.uniform("denoiser.timestep"), draws.normal("denoiser.timestep")
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the predicted quantity, Min-SNR-weighted where configured: (B,) float32."""
         objective = self.config.objective()
         x0 = self._latents(batch["vae_moments"], draws)
         noise = draws.normal("denoiser.noise", x0.shape[1:])
-        t = objective.timesteps(draws.uniform("denoiser.timestep"), draws.normal("denoiser.timestep"))
+        t = self.timesteps(draws) if t is None else t
         output = network(model)(objective.noised(x0, noise, t), t.floor(), **self._conditioning(batch, draws))
         loss = per_sample_mse(output, objective.target(x0, noise, t))
         gamma = self.config.min_snr_gamma
@@ -185,14 +191,14 @@ class Denoiser:
             batch["img_emb"],
             draws.normal("denoiser.embedding_noise", (self.embed_dim,)),
             level,
-            self.mean.to(device),
-            self.std.to(device),
+            resident(self.mean, device),
+            resident(self.std, device),
         )
         drop = draws.uniform("denoiser.drop")
         return {
             "class_labels": chosen(drop < self.config.image_drop, torch.zeros_like(labels), labels),
             "text_hidden": chosen(
-                drop < self.config.caption_drop, self.empty_hidden.to(device), batch["text_hidden"]
+                drop < self.config.caption_drop, resident(self.empty_hidden, device), batch["text_hidden"]
             ),
         }
 

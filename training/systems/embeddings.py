@@ -5,6 +5,7 @@ Legend: B batch, D embedding width, T tokens, W text width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,6 +52,12 @@ def padded(states: Sequence[Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     for row, s in zip(out, states, strict=True):
         row[: min(len(s), tokens)] = s[:tokens]
     return out, lengths
+
+
+@functools.lru_cache(maxsize=64)
+def resident(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, copied there once: a step that copies waits for its device."""
+    return tensor.to(device)
 
 
 def token_mask(lengths: Tensor, tokens: int) -> Tensor:

@@ -19,7 +19,7 @@ from data.errors import UserError
 from training.diffusion.objective import Objective, per_sample_mse
 from training.diffusion.sampling import dpm_solver
 from training.randomness import Draws
-from training.systems.embeddings import chosen, padded, token_mask, widened, widened_statistics
+from training.systems.embeddings import chosen, padded, resident, token_mask, widened, widened_statistics
 from training.systems.system import Batch, Columns, TrainConfig
 
 OBJECTIVE = Objective("sample", "squaredcos_cap_v2")
@@ -71,19 +71,23 @@ class Prior:
         model.clip_std.requires_grad_(False).copy_(self.std)
         return model
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The timesteps (B,) that training draws for these samples."""
+        return OBJECTIVE.timesteps(draws.uniform("prior.timestep"), draws.normal("prior.timestep"))
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the predicted clean embedding: (B,) float32."""
         device = batch["img_emb"].device
-        x0 = (widened(batch["img_emb"]) - self.mean.to(device)) / self.std.to(device)
-        t = OBJECTIVE.timesteps(draws.uniform("prior.timestep"), draws.normal("prior.timestep"))
+        x0 = (widened(batch["img_emb"]) - resident(self.mean, device)) / resident(self.std, device)
+        t = self.timesteps(draws) if t is None else t
         x_t = OBJECTIVE.noised(x0, draws.normal("prior.noise", x0.shape[1:]), t)
         drop = draws.uniform("prior.text_drop") < self.config.text_drop
-        lengths = chosen(drop, self.empty_length.to(device), batch["text_length"])
+        lengths = chosen(drop, resident(self.empty_length, device), batch["text_length"])
         output = network(model)(
             x_t,
             t,
-            text_emb=chosen(drop, self.empty_emb.to(device), batch["text_emb"]),
-            text_hidden=chosen(drop, self.empty_hidden.to(device), batch["text_hidden"]),
+            text_emb=chosen(drop, resident(self.empty_emb, device), batch["text_emb"]),
+            text_hidden=chosen(drop, resident(self.empty_hidden, device), batch["text_hidden"]),
             text_mask=token_mask(lengths, self.tokens),
         )
         return per_sample_mse(output, x0)

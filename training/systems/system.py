@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -65,6 +65,35 @@ class TrainConfig(Config):
         False, description="shard weights over the workers (FSDP2) instead of replicating them"
     )
     checkpoint_every: int = operational(200, ge=1, description="steps between checkpoints")
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between looks at the held-out loss of the averaged weights; None: never",
+    )
+    validation_samples: int = Field(
+        256, ge=0, description="samples kept out of training for it, at most a tenth of the dataset"
+    )
+    accumulate: int = operational(
+        1, ge=1, description="parts that a worker splits its batch into, one after the other, to save memory"
+    )
+    activation_checkpointing: bool = operational(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool | None = operational(
+        None, description="compile the network with torch.compile; None: where there is a CUDA device"
+    )
+    on_spike: str = Field(
+        "skip",
+        pattern="^(fail|skip|rollback)$",
+        description="what a step does whose gradient is no number or above spike_factor: end the training, change nothing, "
+        "or change nothing and after max_skips of them return to the last checkpoint and go on with later samples",
+    )
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="a gradient norm of so many times the usual one is a spike; None: only what is not finite",
+    )
+    max_skips: int = Field(10, ge=0, description="most steps of 1,000 that may be skipped")
 
 
 class Columns(Protocol):
@@ -105,4 +134,17 @@ class Trainable(Protocol):
 
     def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Writes weights and configs so that their own library loads `folder`; returns the facts readers need."""
+        ...
+
+
+@runtime_checkable
+class DiffusionTrainable(Trainable, Protocol):
+    """A trainable whose loss has a timestep, which may also be given."""
+
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The timesteps (B,) float32 in [0, 1000) that training draws for these samples."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws, t: Tensor | None = None) -> Tensor:
+        """As of any trainable; with `t` (B,) at these timesteps instead of drawn ones."""
         ...

@@ -1,0 +1,134 @@
+"""Steps that must change nothing: found on the device, named, and answered by policy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training import loop, spikes, window
+from training.checkpoint import TrainState
+from training.randomness import Draws
+from training.systems.system import Batch, TrainConfig
+
+CONFIG = TrainConfig(
+    max_steps=12,
+    batch_size=4,
+    schedule="constant",
+    warmup_steps=0,
+    learning_rate=0.01,
+    checkpoint_every=4,
+    ema_decay=0.9,
+)
+
+
+class Poisoned:
+    """Regression whose samples at the positions `bad` multiply the loss by `factor`; each has a timestep."""
+
+    columns = ("img_emb",)
+
+    def __init__(self, bad: set[int], factor: float = math.nan) -> None:
+        self.bad, self.factor = torch.tensor(sorted(bad)), factor
+
+    def build(self) -> nn.Module:
+        return nn.Linear(3, 1)
+
+    def timesteps(self, draws: Draws) -> Tensor:
+        return (10.0 * draws.index).fmod(1000)
+
+    def loss(self, model: nn.Module, batch: Batch, _draws: Draws, _t: Tensor | None = None) -> Tensor:
+        loss = (model(batch["img_emb"])[:, 0] - batch["img_emb"].sum(1)).square()
+        return loss * torch.where(torch.isin(batch["position"], self.bad), self.factor, 1.0)
+
+    def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def _batches(first_step: int) -> Any:
+    for step in range(first_step, 10**9):
+        position = step * 4 + torch.arange(4)
+        yield {"img_emb": torch.sin(position[:, None] * torch.arange(1, 4)).float(), "position": position}
+
+
+def _train(folder: Path, trainable: Poisoned, **changes: Any) -> TrainState:
+    config = CONFIG.model_copy(update=changes)
+    return loop.train(trainable, _batches, config, folder, identity="one", key_of=lambda p: f"key{p:03d}")  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "LOG_EVERY", 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.5])
+def test_a_norm_that_is_no_number_or_above_the_limit_is_found(bad: float) -> None:
+    assert spikes.found_inf(torch.tensor(bad), 2.0) == 1
+    assert spikes.found_inf(torch.tensor(2.0), 2.0) == 0
+    if not math.isfinite(bad):
+        assert spikes.found_inf(torch.tensor(bad), spikes.NO_LIMIT) == 1
+
+
+def test_the_limit_is_a_multiple_of_the_median_of_the_newest_rows() -> None:
+    curve = [{"grad_norm": norm} for norm in (900.0, *[1.0, 2.0, 3.0] * 3, math.nan, 2.0)]
+    assert spikes.norm_limit(curve, 10.0) == 20
+    assert spikes.norm_limit(curve[:2], 10.0) == spikes.norm_limit(curve, None) == spikes.NO_LIMIT
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_poisoned_sample_costs_its_step_and_nothing_else(tmp_path: Path, factor: float, caplog) -> None:
+    poisoned = Poisoned({22}, factor)
+    five = _train(tmp_path / "5", poisoned, max_steps=5)
+    six = _train(tmp_path / "6", poisoned, max_steps=6)  # its last step is that of positions 20 to 23
+    for one, other in zip(five.model.parameters(), six.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert {int(s["step"]) for s in six.optimizer.state.values()} == {5}
+    rows = _train(tmp_path / "12", poisoned).curve or []
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert all(math.isfinite(row["loss"]) for row in rows), "a row is the mean of the steps that were made"
+    (message,) = {r.message for r in caplog.records if "skipped" in r.message}
+    assert "at step 6: the largest loss is" in message
+    assert "of sample key022 at a timestep of [125, 250)" in message, "position 22 has timestep 220"
+
+
+def test_a_spike_is_a_multiple_of_what_is_usual(tmp_path: Path) -> None:
+    poisoned = Poisoned({4 * 9}, 1e4)
+    assert sum(row["skipped"] for row in _train(tmp_path / "any", poisoned).curve or []) == 0
+    rows = _train(tmp_path / "limited", poisoned, spike_factor=50.0).curve or []
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 0, 1, 0]
+
+
+def test_fail_ends_the_training_at_the_next_look(tmp_path: Path) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"at step 6: .* of sample key022 .*; lower the learning rate"
+    ):
+        _train(tmp_path, Poisoned({22}), on_spike="fail")
+
+
+def test_too_many_skips_fail_clearly(tmp_path: Path) -> None:
+    with pytest.raises(spikes.Diverged, match=r"3 of the 8 steps up to step 8 were skipped \(max_skips is 2"):
+        _train(tmp_path, Poisoned({16, 20, 28}), max_skips=2)
+
+
+def test_a_training_that_skips_every_step_does_not_pass_for_one(tmp_path: Path) -> None:
+    with pytest.raises(spikes.Diverged, match="2 of the 2 steps"):
+        _train(tmp_path, Poisoned(set(range(100))), max_skips=1000)
+
+
+def test_a_rollback_returns_to_the_last_checkpoint_and_goes_on_with_later_samples(tmp_path: Path) -> None:
+    poisoned = Poisoned({16, 20, 24})  # steps 5, 6 and 7
+    four = _train(tmp_path / "four", poisoned, max_steps=4)
+    state = _train(tmp_path / "all", poisoned, on_spike="rollback", max_skips=1)
+    assert state.clock == 12 and state.curve
+    assert [row["step"] for row in state.curve] == [2, 4, 8, 10, 12], "the row of step 6 went with its steps"
+    assert [row["rollbacks"] for row in state.curve] == [0, 1, 0, 0, 0]
+    assert {int(s["step"]) for s in state.optimizer.state.values()} == {4 + 5}, "5 to 7 are not made"
+    assert four.curve and state.curve[1]["loss"] == four.curve[1]["loss"]
+
+
+def test_rollbacks_that_do_not_help_end_it(tmp_path: Path) -> None:
+    with pytest.raises(spikes.Diverged, match="3 returns to an earlier checkpoint did not help"):
+        _train(tmp_path, Poisoned(set(range(16, 400))), on_spike="rollback", max_skips=1, max_steps=100)
