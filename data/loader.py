@@ -232,6 +232,33 @@ def batches(
         step += 1
 
 
+def key_at(columns: ColumnSet, seed: int, position: int) -> str:
+    """The `__key__` of the sample at `position` of the training stream that `batches` follows."""
+    epoch, place = divmod(position, len(columns))
+    return columns.keys([int(stream_order(seed, epoch, len(columns))[place])])[0]
+
+
+def held_out_batches(
+    columns: ColumnSet,
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, Any]]:
+    """This rank's share of every sample once, in order, in global batches of `batch_size`; `position` numbers them.
+
+    Every rank has as many: samples that `world_size` does not divide are left out at the end.
+    """
+    mine = np.arange(rank, len(columns) // world_size * world_size, world_size)
+    per_rank = max(1, batch_size // world_size)
+    for start in range(0, len(mine), per_rank):
+        indices = mine[start : start + per_rank]
+        batch = columns.batch(names, indices) | {"position": torch.from_numpy(indices)}
+        yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
     """The same items, made by a background thread up to `depth` ahead; its exceptions are raised here."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)

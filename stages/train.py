@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
-from data.loader import ColumnSet, batches, prefetch
+from data.loader import ColumnSet, batches, held_out_batches, key_at, prefetch
 from data.manifest import FileRecord, Snapshot, file_record
 from stages import cluster
 from stages.contract import Inputs, Stage, Workspace, commit
@@ -195,9 +195,10 @@ def _worker(spec: dict[str, Any]) -> None:
     """What every training worker runs: nothing here but the plain loop, with a progress callback."""
     name, folder, board = spec["name"], storage.local_path(spec["folder"]), spec["board"]
     config = CONFIGS[name].model_validate(spec["config"])
-    columns = ColumnSet(
+    everything = ColumnSet(
         [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
     )
+    columns, held = everything.split(_held_out_samples(config, len(everything)))
     trainable = FIT[name](config, columns)
 
     def from_step(step: int) -> Any:
@@ -218,8 +219,25 @@ def _worker(spec: dict[str, Any]) -> None:
         if distributed.rank() == 0:
             board.write.remote(row["step"], row["loss"], row["samples_per_second"])
 
+    def held_out() -> Any:
+        return held_out_batches(
+            held,
+            trainable.columns,
+            batch_size=config.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            device=distributed.device(),
+        )
+
     state = loop.train(
-        trainable, from_step, config, folder / "checkpoints", identity=spec["identity"], report=report
+        trainable,
+        from_step,
+        config,
+        folder / "checkpoints",
+        identity=spec["identity"],
+        report=report,
+        key_of=lambda position: key_at(columns, config.seed, position),
+        held_out=held_out if len(held) >= distributed.world_size() else None,
     )
     facts = loop.publish(trainable, state, folder)
     if distributed.rank() == 0:
@@ -233,6 +251,10 @@ def _worker(spec: dict[str, Any]) -> None:
         }
         storage.write_bytes(str(folder / "_meta" / "facts.json"), json.dumps(facts).encode())
     distributed.barrier()
+
+
+def _held_out_samples(config: TrainConfig, count: int) -> int:
+    return min(config.validation_samples, count // 10) if config.validate_every else 0
 
 
 def _published(folder: Path) -> tuple[FileRecord, ...]:

@@ -365,6 +365,32 @@ def test_a_split_shares_the_samples_out_and_training_never_meets_the_held_out(
     assert seen == set(_everything(training))
 
 
+@pytest.mark.parametrize("position", [0, 5, COUNT, 3 * COUNT + 2])
+def test_a_position_of_the_stream_has_the_key_of_the_sample_there(dataset: ColumnSet, position: int) -> None:
+    stream = batches(dataset, ["img_emb"], seed=3, batch_size=1, first_step=position)
+    row = next(stream)["img_emb"]
+    keys = {dataset.keys([i])[0]: dataset.rows("img_emb", [i]) for i in range(COUNT)}
+    np.testing.assert_array_equal(row, keys[loader.key_at(dataset, 3, position)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_held_out_batches_are_everything_once_shared_out_evenly(dataset: ColumnSet, world_size: int) -> None:
+    ranks = [
+        list(loader.held_out_batches(dataset, ["img_emb"], batch_size=6, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    sizes = [[len(batch["position"]) for batch in rank] for rank in ranks]
+    assert all(size == sizes[0] for size in sizes), "no rank waits for another in a collective"
+    assert sizes[0][0] == 6 // world_size
+    seen = [
+        p for together in zip(*ranks, strict=True) for batch in together for p in batch["position"].tolist()
+    ]
+    assert sorted(seen) == list(range(COUNT // world_size * world_size))
+    assert sorted(seen[:6]) == list(range(6)), "the global batches do not depend on the world size"
+    for batch in ranks[-1]:
+        np.testing.assert_array_equal(batch["img_emb"], dataset.rows("img_emb", batch["position"].numpy()))
+
+
 def test_a_split_leaves_something_to_train_on(dataset: ColumnSet) -> None:
     with pytest.raises(UserError, match="11 of 11 samples for validation: give 0 to 10"):
         dataset.split(COUNT)
