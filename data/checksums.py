@@ -20,7 +20,7 @@ class Checksum:
         self._sha256 = hashlib.sha256()
         self._crcs: list[int] = []
 
-    def update(self, payload: bytes | memoryview) -> None:
+    def update(self, payload: bytes | bytearray | memoryview) -> None:
         """Adds the bytes that follow."""
         self._sha256.update(payload)
         rest = memoryview(payload)

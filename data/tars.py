@@ -9,53 +9,72 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from data import storage
+from data.checksums import BLOCK as _CHUNK
 from data.checksums import Checksum
 from data.errors import CorruptArtifact
 
 BLOCK = 512
 RECORD = 20 * BLOCK
+_PADDING = bytes(BLOCK)
 _IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
 class TarWriter:
-    """Writes ustar members that depend on name and content alone: no times, no owners."""
+    """Writes ustar members that depend on name and content alone: no times, no owners.
+
+    Bytes are gathered and go to `stream` a MiB at a time, each hashed on its way; `finish` writes what is left, and only
+    after it are all of them in the stream and in the digests.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.checksum = Checksum()
-        """Of all that was written."""
         self._stream = stream
+        self._checksum = Checksum()
+        self._gathered = bytearray()
 
     def add(self, name: str, payload: bytes) -> None:
         """Appends one file; `name` is ASCII of at most 100 bytes, `payload` below 8 GiB."""
-        self._write(b"".join((_tar_header(name, len(payload)), payload, bytes(-len(payload) % BLOCK))))
+        self._gathered += _tar_header(name, len(payload))
+        self._gathered += payload
+        self._gathered += _PADDING[: -len(payload) % BLOCK]
+        self._write_whole_chunks()
 
     def add_sample(self, members: bytes) -> None:
         """Appends whole files with their headers and padding, as another archive has them."""
         assert len(members) % BLOCK == 0, f"{len(members)} bytes are no whole blocks"
-        self._write(members)
+        self._gathered += members
+        self._write_whole_chunks()
 
     def finish(self) -> None:
         """Writes the end of the archive: two zero blocks, then zeros up to a whole record."""
-        self._write(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
+        self._gathered += bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD)
+        self._write(self._gathered)
+        self._gathered = bytearray()
 
     @property
     def bytes(self) -> int:
-        """Bytes written so far."""
-        return self.checksum.bytes
+        """Bytes added so far."""
+        return self._checksum.bytes + len(self._gathered)
 
     @property
     def sha256(self) -> str:
-        """Hex digest of all that was written."""
-        return self.checksum.sha256
+        """Hex digest of the finished archive."""
+        return self._checksum.sha256
 
     @property
     def blocks(self) -> str:
-        """CRC-32 of each MiB that was written, as in a `FileRecord`."""
-        return self.checksum.blocks
+        """CRC-32 of each MiB of the finished archive, as in a `FileRecord`."""
+        return self._checksum.blocks
 
-    def _write(self, payload: bytes) -> None:
+    def _write_whole_chunks(self) -> None:
+        whole = len(self._gathered) - len(self._gathered) % _CHUNK
+        if whole:
+            with memoryview(self._gathered) as gathered:
+                self._write(gathered[:whole])
+            del self._gathered[:whole]
+
+    def _write(self, payload: bytearray | memoryview) -> None:
         self._stream.write(payload)
-        self.checksum.update(payload)
+        self._checksum.update(payload)
 
 
 class ShardReader:
