@@ -98,11 +98,31 @@ def grown(
     return KnownRows(np.concatenate([earlier, added]), reasons)
 
 
+def rebuilt(
+    before: KnownRows, source: np.ndarray, added: np.ndarray, outcomes: Sequence[tuple[int, str]]
+) -> KnownRows:
+    """The rows of a snapshot whose list was lost: those `before` it, then the ones that its own shards attempted.
+
+    `source` (N,) are the identities of the source, `added` (n,) those of the rows in the snapshot's own shards, with their
+    outcomes. Earlier rows that were not written and are gone from the source, or attempted again, were superseded. True
+    of a source that has not lost other rows since: the digest of the lost list tells.
+    """
+    rows = before.rows
+    moved_on = ~np.isin(rows["identity"], source) | np.isin(rows["identity"], added)
+    superseded = np.flatnonzero(~rows["superseded"] & (rows["state"] != WRITTEN) & moved_on)
+    return grown(before, Growth(np.arange(len(added)), superseded), added, outcomes)
+
+
 def save(folder: str, fingerprint: str, known: KnownRows) -> FileRecord:
     """Publishes the rows of the snapshot to come; equal rows give equal bytes."""
+    return publish(folder, rows_path(fingerprint), encoded(known))
+
+
+def encoded(known: KnownRows) -> bytes:
+    """What `save` writes."""
     buffer = io.BytesIO()
     np.save(buffer, known.rows, allow_pickle=False)
-    return publish(folder, rows_path(fingerprint), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load(snapshot: Snapshot) -> KnownRows:

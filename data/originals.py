@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -24,12 +24,17 @@ from data.web import FetchRules, WebFetcher
 
 UNAVAILABLE = "unavailable"
 """Reason of what a store could not deliver this time: it answered with an error of its own, too late or not at all."""
+MISSING = "missing_image"
+"""Reason of what is not at the place that the source names."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _PASSING_NAMES = (
     "EBUSY EIO EREMOTEIO EAGAIN ETIMEDOUT EPIPE ECONNRESET ECONNABORTED ECONNREFUSED EHOSTUNREACH ENETUNREACH"
 )
 _PASSING = {getattr(errno, name) for name in _PASSING_NAMES.split() if hasattr(errno, name)}
 _MAX_CAPTION_BYTES = 1 << 20
+_RUN_BYTES, _MAX_GAP, _RUNS_AT_ONCE = 4 << 20, 64 << 10, 8
+"""Of pictures that lie one behind the other in a remote archive: what one request asks for at most, the bytes between two of
+them that are no loss, and how many requests are under way."""
 
 Original = bytes | SampleError
 
@@ -93,8 +98,13 @@ class Originals:
             yield _attempt(self._read_here, row)
 
     def _remote(self, rows: Sequence[Row]) -> Generator[Original, None, None]:
-        threads = self._fetch.concurrency if len(rows) > 1 else 1
-        return in_order(lambda row: _attempt(self._read_remote, row), rows, threads, threads)
+        runs = list(_runs(rows, self._max_bytes))
+        threads = self._fetch.concurrency if len(runs) > 1 else 1
+        if len(runs) < len(rows):
+            threads = min(threads, _RUNS_AT_ONCE)
+        with closing(in_order(self._read_run, runs, threads, threads)) as read:
+            for originals in read:
+                yield from originals
 
     def _web(self, rows: Sequence[Row]) -> Generator[Original, None, None]:
         if rows:
@@ -133,8 +143,18 @@ class Originals:
             self._close_files()
             raise
         if payload is None:
-            raise SampleError("missing_image", "the cell that the source names is empty")
+            raise SampleError(MISSING, "the cell that the source names is empty")
         return payload[: self._max_bytes + 1]
+
+    def _read_run(self, run: Sequence[Row]) -> list[Original]:
+        """The rows' bytes by one request; where it fails, by one each, so that no picture answers for its neighbours."""
+        parts = [row.within for row in run if isinstance(row.within, Slice)]
+        if len(parts) > 1:
+            first, end = parts[0].start, parts[-1].start + parts[-1].size
+            whole = _attempt(lambda row: storage.read_range(row.image, first, end - first), run[0])
+            if isinstance(whole, bytes) and len(whole) == end - first:
+                return [whole[part.start - first :][: part.size] for part in parts]
+        return [_attempt(self._read_remote, row) for row in run]
 
     def _read_remote(self, row: Row) -> bytes:
         part = row.within
@@ -152,6 +172,27 @@ class Originals:
         self._archive = self._cells = None
 
 
+def _runs(rows: Sequence[Row], max_bytes: int) -> Iterator[list[Row]]:
+    """The rows in their order, neighbours of one archive together where one request of bounded size brings them all."""
+    run: list[Row] = []
+    for row in rows:
+        if run and not _follows(row, run, max_bytes):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def _follows(row: Row, run: Sequence[Row], max_bytes: int) -> bool:
+    first, last, part = run[0].within, run[-1].within, row.within
+    if not (isinstance(first, Slice) and isinstance(last, Slice) and isinstance(part, Slice)):
+        return False
+    gap, span = part.start - last.start - last.size, part.start + part.size - first.start
+    is_near = row.image == run[0].image and 0 <= gap <= _MAX_GAP and span <= _RUN_BYTES
+    return is_near and max(part.size, first.size) <= max_bytes
+
+
 def _place(row: Row) -> str:
     if row.image[:8].lower().startswith(("http://", "https://")):
         return "web"
@@ -165,7 +206,7 @@ def _attempt(read: Callable[[Row], bytes], row: Row) -> Original:
     except SampleError as error:
         return error
     except (FileNotFoundError, NotADirectoryError):
-        return SampleError("missing_image", "there is no file at the place that the source names")
+        return SampleError(MISSING, "there is no file at the place that the source names")
     except (pa.ArrowException, IndexError) as error:
         return SampleError("unreadable", f"the cell cannot be read: {type(error).__name__}")
     except Exception as error:
@@ -191,7 +232,7 @@ def _with_caption(row: Row) -> Row:
     payload = _attempt(lambda r: storage.read_range(r.caption_url or "", 0, _MAX_CAPTION_BYTES), row)
     if isinstance(payload, bytes):
         return checked(replace(row, caption=payload.decode("utf-8", "surrogateescape")))
-    if payload.reason == "missing_image":
+    if payload.reason == MISSING:
         return row
     return replace(row, defect=(payload.reason, f"the caption file cannot be read: {payload}"))
 

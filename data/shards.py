@@ -12,10 +12,11 @@ import json
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -129,16 +130,23 @@ def attempt(row: Row, key: str, config: ShardConfig, read: Callable[[Row], bytes
     return Outcome(fields, image)
 
 
-def write_shard(rows: Sequence[Row], index: int, folder: str, config: ShardConfig) -> ShardRecord:
+def write_shard(
+    rows: Sequence[Row],
+    index: int,
+    folder: str,
+    config: ShardConfig,
+    recorded: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> ShardRecord:
     """Writes shard `index` from its rows of the source under `folder`, an fsspec URL, and returns its record.
 
-    Equal rows and files give equal bytes. Where no row succeeds there is no tar. OSError of the destination, such as a
-    full disk, is raised; nothing half-written then lies under a final name.
+    Equal rows and files give equal bytes. Where no row succeeds there is no tar. Rows whose keys are in `recorded` are not
+    attempted: they were not written, and these are their lines of the parquet. OSError of the destination, such as a full
+    disk, is raised; nothing half-written then lies under a final name.
     """
     assert len(rows) <= config.samples_per_shard, f"shard {index} was given {len(rows)} rows"
     lines: list[dict[str, Any]] = []
     with _scratch_file(folder, f"{index:05d}.tar") as scratch:
-        with scratch.open("wb") as stream, closing(_outcomes(rows, index, config)) as outcomes:
+        with scratch.open("wb") as stream, closing(_outcomes(rows, index, config, recorded)) as outcomes:
             tar = TarWriter(stream)
             for outcome in outcomes:
                 lines.append(outcome.fields)
@@ -204,12 +212,16 @@ def _record(folder: str, index: int, lines: list[dict[str, Any]], files: list[Fi
     )
 
 
-def _outcomes(rows: Sequence[Row], index: int, config: ShardConfig) -> Generator[Outcome, None, None]:
+def _outcomes(
+    rows: Sequence[Row], index: int, config: ShardConfig, recorded: Mapping[str, dict[str, Any]]
+) -> Generator[Outcome, None, None]:
     """What became of each row, in order; no original is fetched in vain."""
+    keys = [sample_key(index, number, config.samples_per_shard) for number in range(len(rows))]
     with ExitStack() as stack:
         originals = stack.enter_context(Originals(config.max_bytes, config.fetch))
         rows = originals.with_captions(rows)
-        wanted = (row for row in rows if _has_caption(row, config))
+        attempted = (row for key, row in zip(keys, rows, strict=True) if key not in recorded)
+        wanted = (row for row in attempted if _has_caption(row, config))
         payloads = stack.enter_context(closing(originals.read_all(wanted)))
 
         def read(_: Row) -> bytes:
@@ -217,8 +229,9 @@ def _outcomes(rows: Sequence[Row], index: int, config: ShardConfig) -> Generator
                 raise payload
             return payload
 
-        for number, row in enumerate(rows):
-            yield attempt(row, sample_key(index, number, config.samples_per_shard), config, read)
+        for key, row in zip(keys, rows, strict=True):
+            known = recorded.get(key)
+            yield attempt(row, key, config, read) if known is None else Outcome(known)
 
 
 def _caption(row: Row, config: ShardConfig) -> str:

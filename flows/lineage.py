@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import PurePosixPath
@@ -55,7 +56,7 @@ def of_shards(node: Node, root: str) -> Place:
     new = Place(storage.join(stage, f"{family}-{config.source_digest}"), _with(node, retry_failed=False))
     if node.identities is None:
         return new
-    found = list(_candidates(stage, family, node.identities))
+    found = list(_candidates(stage, family, node.identities, config.source.path))
     tips = [c for c in found if c.is_tip]
     if config.retry_failed and (retried := _retried(tips, node.identities)):
         return _extended(node, retried, retry_failed=True)
@@ -77,13 +78,15 @@ def of_columns(node: Node, root: str, inputs: Mapping[str, InputRef], data: Plac
     return Place(folder, node, data.new_shards, reason)
 
 
-def _candidates(stage: str, family: str, identities: np.ndarray) -> Iterator[_Candidate]:
+def _candidates(stage: str, family: str, identities: np.ndarray, source: str | None) -> Iterator[_Candidate]:
+    """Raises CorruptArtifact where damage hides whether this source was sharded already: it would be sharded anew."""
     for name in storage.list_folders(stage):
         if not name.startswith(f"{family}-"):
             continue
-        made = sorted(_readable(storage.join(stage, name)), key=lambda s: (len(s.shards), s.created))
+        with _told_what_to_do(storage.join(stage, name)):
+            made = sorted(snapshots(storage.join(stage, name)), key=lambda s: (len(s.shards), s.created))
         for snapshot in made:
-            known = _known(snapshot)
+            known = _known(snapshot, source)
             change = growth.growth(known, identities) if known else None
             if known and change:
                 yield _Candidate(snapshot, known, change, snapshot is made[-1])
@@ -115,18 +118,25 @@ def _with(node: Node, **changes: Any) -> Node:
     return replace(node, config=node.config.model_copy(update=changes))
 
 
-def _readable(folder: str) -> list[Snapshot]:
+def _known(snapshot: Snapshot, source: str | None) -> KnownRows | None:
+    """The snapshot's rows; None where they are lost and were not those of `source`."""
     try:
-        return snapshots(folder)
+        with _told_what_to_do(snapshot.folder):
+            return growth.load(snapshot)
     except CorruptArtifact:
-        return []
-
-
-def _known(snapshot: Snapshot) -> KnownRows | None:
-    try:
-        return growth.load(snapshot)
-    except CorruptArtifact:
+        if (snapshot.facts.get("source") or {}).get("path") == source:
+            raise
         return None
+
+
+@contextmanager
+def _told_what_to_do(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except CorruptArtifact as error:
+        raise CorruptArtifact(
+            f"{error}; so it is not known which rows {folder} has: run `darkroom verify {folder} --repair`, or remove it"
+        ) from error
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

@@ -20,7 +20,7 @@ from data.config import Config, operational
 from data.manifest import Ledger, ShardRecord, Snapshot, file_record
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
-from stages.fanout import ShardTask, map_shards
+from stages.fanout import ShardTask, Writing, map_shards
 from stages.overlap import Batch, decoded, fetched
 from training.distributed import device
 from training.encoders import ClipEncoder, Precision
@@ -73,29 +73,34 @@ class Embedding:
         self.clip = ClipEncoder.load(clip, self.device, config.precision)
         self.data, self.config = data, config
 
-    def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
+    def __call__(self, task: ShardTask, folder: str) -> Writing:
         shard: ShardRecord = task.payload["shard"]
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
             captions = [reader.caption(row) for row in range(len(reader))]
             img_emb, text_emb, hidden = self.embed(reader, captions)
+            keys = reader.keys
+        if task.payload["first"]:
+            self._write_empty(folder)
+
+        def write() -> ShardRecord:
             kept, ledger = self._kept(img_emb, text_emb)
             files = (
                 *([] if kept is None else [columns.write_array(folder, "kept", shard.index, kept)]),
                 columns.write_array(folder, "img_emb", shard.index, img_emb),
                 columns.write_array(folder, "text_emb", shard.index, text_emb),
                 *columns.write_ragged(folder, "text_hidden", shard.index, hidden),
-                columns.write_metadata(folder, shard.index, reader.keys, captions),
+                columns.write_metadata(folder, shard.index, keys, captions),
             )
-        if task.payload["first"]:
-            self._write_empty(folder)
-        return ShardRecord(
-            index=shard.index,
-            samples=shard.samples,
-            keys=shard.keys,
-            files=files,
-            ledger=ledger,
-            parents=dict(task.parents),
-        )
+            return ShardRecord(
+                index=shard.index,
+                samples=shard.samples,
+                keys=shard.keys,
+                files=files,
+                ledger=ledger,
+                parents=dict(task.parents),
+            )
+
+        return write
 
     def _kept(self, img_emb: np.ndarray, text_emb: np.ndarray) -> tuple[np.ndarray | None, Ledger]:
         """(n,) bool, which pairs reach the least CLIP score, and their count; None where there is no such rule."""

@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.manifest import ShardRecord, Snapshot
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
-from stages.fanout import ShardTask, map_shards
+from stages.fanout import ShardTask, Writing, map_shards
 from stages.overlap import Batch, decoded, fetched
 from training.distributed import device
 from training.encoders import Precision, VaeEncoder
@@ -57,18 +57,21 @@ class Encoding:
         self.vae = VaeEncoder.load(vae, self.device, config.precision)
         self.data, self.config = data, config
 
-    def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
+    def __call__(self, task: ShardTask, folder: str) -> Writing:
         shard: ShardRecord = task.payload
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
             moments = self.encode(reader)
-        file = columns.write_array(folder, "vae_moments", shard.index, moments)
-        return ShardRecord(
-            index=shard.index,
-            samples=shard.samples,
-            keys=shard.keys,
-            files=(file,),
-            parents=dict(task.parents),
-        )
+
+        def write() -> ShardRecord:
+            return ShardRecord(
+                index=shard.index,
+                samples=shard.samples,
+                keys=shard.keys,
+                files=(columns.write_array(folder, "vae_moments", shard.index, moments),),
+                parents=dict(task.parents),
+            )
+
+        return write
 
     def encode(self, reader: ShardReader) -> np.ndarray:
         """Moments (n, 2C, h, w) float16 of a shard's pictures.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,11 +19,17 @@ from data.manifest import ShardRecord
 from stages import cluster
 from stages.contract import FanoutConfig, Workspace
 
+Writing = Callable[[], ShardRecord]
+"""What is left of a shard once it is computed: publishes its files and returns its record."""
+
 
 class ShardWork(Protocol):
-    """What an actor holds: built once per actor (weights are loaded there), called once per task."""
+    """What an actor holds: built once per actor (weights are loaded there), called once per task.
 
-    def __call__(self, task: ShardTask, folder: str) -> ShardRecord: ...
+    One that returns a `Writing` has its next shard computed while that goes on, in a thread.
+    """
+
+    def __call__(self, task: ShardTask, folder: str) -> ShardRecord | Writing: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def finished(tasks: Sequence[ShardTask], folder: str) -> dict[int, ShardRecord]:
 
 
 class _Pool:
-    """Actors, their one task each, and the attempts of every shard.
+    """Actors, their one task each and what they still write of the one before, and the attempts of every shard.
 
     An actor gets its first task when it answers: one that the cluster has no room for, as after the loss of a node, or
     where more were asked for than there are CPUs, holds no shard back.
@@ -93,6 +100,8 @@ class _Pool:
         self.attempts = {task.index: 0 for task in todo}
         self.quarantine: dict[int, str] = {}
         self.running: dict[Any, tuple[ShardTask, Any]] = {}
+        self.computed: list[tuple[ShardTask, Any]] = []
+        self.writing: dict[Any, tuple[ShardTask, Any]] = {}
         self.starting: dict[Any, Any] = {}
         self.idle: list[Any] = []
         size = min(len(todo), _room(self.config))
@@ -103,7 +112,7 @@ class _Pool:
 
     @property
     def unfinished(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.computed or self.writing)
 
     def collect(self) -> list[tuple[ShardTask, ShardRecord]]:
         """Starts what can start, waits for what ends first, and returns what succeeded."""
@@ -111,8 +120,15 @@ class _Pool:
 
         while self.waiting and self.idle:
             self._start(self.waiting.pop(), self.idle.pop())
-        ready, _ = ray.wait([*self.running, *self.starting], num_returns=1, timeout=2.0)
-        settled = [self._settle(reference) for reference in ready if reference in self.running]
+        for (
+            task,
+            actor,
+        ) in self.computed:  # asked for behind the actor's next shard, which need not wait for it
+            self.writing[actor.written.remote(task.index)] = (task, actor)
+        self.computed.clear()
+        at_work = [*self.running, *self.writing, *self.starting]
+        ready, _ = ray.wait(at_work, num_returns=1, timeout=2.0)
+        settled = [self._settle(reference) for reference in ready if reference not in self.starting]
         for reference in ready:
             if reference in self.starting:
                 self._welcome(reference)
@@ -125,7 +141,8 @@ class _Pool:
     def close(self) -> None:
         import ray
 
-        for actor in [*self.idle, *self.starting.values(), *(actor for _, actor in self.running.values())]:
+        busy = [actor for _, actor in (*self.running.values(), *self.computed, *self.writing.values())]
+        for actor in {*self.idle, *self.starting.values(), *busy}:
             ray.kill(actor)
 
     def _spawn(self) -> None:
@@ -152,23 +169,33 @@ class _Pool:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        task, actor = self.running.pop(reference)
+        was_running = reference in self.running
+        task, actor = (self.running if was_running else self.writing).pop(reference)
         self.last_finish = time.monotonic()
         try:
             record = ray.get(reference)
         except RayTaskError as error:
-            self.idle.append(actor)
+            self.idle += [actor] if was_running else []
             cause = error.cause
             if isinstance(cause, UserError) or getattr(cause, "errno", None) in NO_PLACE_TO_WRITE:
                 raise cause from None  # no second attempt mends a wrong config or a full disk
             self._retry(task, f"{type(cause).__name__}: {cause}")
             return None
         except RayActorError as error:
-            self._spawn()
+            self._bury(actor, was_running=was_running)
             self._retry(task, f"its worker died ({type(error).__name__})")
             return None
-        self.idle.append(actor)
+        self.idle += [actor] if was_running else []
+        if record is None:
+            self.computed.append((task, actor))
+            return None
         return task, record
+
+    def _bury(self, actor: Any, *, was_running: bool) -> None:
+        """Replaces a dead actor, once: its task or its place among the idle goes, and what it wrote is told of apart."""
+        if was_running or actor in self.idle:
+            self.idle = [other for other in self.idle if other != actor]
+            self._spawn()
 
     def _retry(self, task: ShardTask, reason: str) -> None:
         if self.attempts[task.index] < self.config.max_attempts:
@@ -203,11 +230,27 @@ class _Worker:
 
     def __init__(self, work: Callable[..., ShardWork], arguments: dict[str, Any]) -> None:
         self.build = functools.cache(functools.partial(work, **arguments))
+        self.writer = ThreadPoolExecutor(1, "write")
+        self.writing: dict[int, Future[ShardRecord]] = {}
 
     def answer(self) -> None:
         """Tells that it has a place in the cluster."""
 
-    def run(self, task: ShardTask, folder: str) -> ShardRecord:
-        record = self.build()(task, folder)
-        manifest.publish_receipt(folder, record)
-        return record
+    def run(self, task: ShardTask, folder: str) -> ShardRecord | None:
+        """The record of a finished shard; None while it is still written, which `written` waits for."""
+        made = self.build()(task, folder)
+        if isinstance(made, ShardRecord):
+            manifest.publish_receipt(folder, made)
+            return made
+        self.writing[task.index] = self.writer.submit(_written, made, folder)
+        return None
+
+    def written(self, index: int) -> ShardRecord:
+        """The record of a shard that `run` computed, once it is written."""
+        return self.writing.pop(index).result()
+
+
+def _written(writing: Writing, folder: str) -> ShardRecord:
+    record = writing()
+    manifest.publish_receipt(folder, record)
+    return record

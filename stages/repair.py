@@ -8,31 +8,26 @@ store that `verify` still finds damaged, and that a second repair mends.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data import growth, manifest, sources, storage
 from data.checksums import checksum_of
 from data.config import Config
 from data.damage import restored
-from data.duplicates import REASONS, Repeat
 from data.errors import CorruptArtifact, DarkroomError
 from data.inventory import Artifact, Problem, inventory
 from data.lease import lease
 from data.manifest import ShardRecord, Snapshot
-from data.shards import ShardConfig, settle_shard
-from data.sources import Row, SourceConfig
+from data.shards import ShardConfig
+from data.sources import SourceConfig
 from data.verify import Verdict, is_external, parent_folder, verify
 from stages import prompts
 from stages.catalogue import STAGES
 from stages.contract import FanoutConfig, InputRef, Inputs, Progress, Workspace, silent
 from stages.fanout import ShardTask, map_shards
-from stages.shard import ShardWriting
+from stages.rewriting import ShardRewriting, relist, rewrites, without_repeats
 
 STAGING = "_repair"
 """Where shards are written anew, in the artifact's folder; gone when the repair ends."""
@@ -86,11 +81,13 @@ def repair(
     reasons: dict[str, str] = {}
     in_place: set[str] = set()
     for folder in sorted(folders, key=lambda f: (_order(artifacts[f]), f)):
-        with lease(folder):
-            try:
-                _mend(artifacts[folder], [p for p in before.problems if p.folder == folder], bench, in_place)
-            except (DarkroomError, OSError) as error:
-                reasons[folder] = str(error)
+        try:
+            with lease(folder, patience=bench.fanout.lease_seconds):
+                # looked for again: a run may have changed the artifact before its lease was ours
+                problems = [problem for problem in verify(folder).problems if problem.folder == folder]
+                _mend(inventory(folder)[0], problems, bench, in_place)
+        except (DarkroomError, OSError) as error:
+            reasons[folder] = str(error)
     after = verify(uri)
     left = {problem.uri for problem in after.problems}
     uris = dict.fromkeys(problem.uri for problem in before.problems if problem.uri not in left)
@@ -123,7 +120,7 @@ def _mend(artifact: Artifact, problems: Sequence[Problem], bench: _Bench, in_pla
         return
     _forget(artifact, shards - listed)
     if snapshot.stage == "shard":
-        _write_shards(snapshot, [s for s in snapshot.shards if s.index in shards], files, bench)
+        _shards_again(artifact, snapshot, [s for s in snapshot.shards if s.index in shards], files, bench)
 
 
 def _mended_in_place(artifact: Artifact, problem: Problem) -> bool:
@@ -177,56 +174,44 @@ def _inputs(snapshot: Snapshot) -> Inputs:
     return inputs
 
 
-def _write_shards(snapshot: Snapshot, wanted: list[ShardRecord], files: set[str], bench: _Bench) -> None:
-    """Writes the wanted shards anew elsewhere, and takes from there what their records name; sound files stay untouched."""
+def _shards_again(
+    artifact: Artifact, snapshot: Snapshot, wanted: list[ShardRecord], files: set[str], bench: _Bench
+) -> None:
+    """Makes again, from the source, lists of rows, prompts and the wanted shards."""
     source = _source(snapshot)
-    staging = storage.join(snapshot.folder, STAGING)
     with tempfile.TemporaryDirectory(prefix="darkroom-repair-") as home:
         drawn = sources.materialise(source, Path(home))
         rows = sources.list_rows(drawn)
         if prompts.FILE in files:
             prompts.write_prompts(snapshot.folder, sources.prompts(drawn))
-        if not wanted:
-            return
-        tasks = list(_tasks(snapshot, source, rows, wanted))
-        config = ShardConfig.model_validate(snapshot.config["shard"])
-        try:
-            storage.remove_tree(staging)
-            workspace = replace(bench.workspace(snapshot), folder=staging)
-            made = map_shards(ShardWriting, {"config": config}, tasks, workspace)
-            settled = [_settled(snapshot.folder, staging, record) for record in made]
-            differ = [
-                w.index
-                for m, w in zip(settled, wanted, strict=True)
-                if not _placed(snapshot.folder, staging, m, w)
-            ]
-        finally:
-            storage.remove_tree(staging)
+        for state in artifact.snapshots:
+            if growth.rows_path(state.fingerprint) in files:
+                relist(state, artifact.snapshots, rows)
+        if wanted:
+            _write_shards(snapshot, wanted, list(rewrites(snapshot, source, rows, wanted)), bench)
+
+
+def _write_shards(
+    snapshot: Snapshot, wanted: list[ShardRecord], tasks: list[ShardTask], bench: _Bench
+) -> None:
+    """Writes the wanted shards anew elsewhere, and takes from there what their records name; sound files stay untouched."""
+    staging = storage.join(snapshot.folder, STAGING)
+    config = ShardConfig.model_validate(snapshot.config["shard"])
+    try:
+        storage.remove_tree(staging)
+        workspace = replace(bench.workspace(snapshot), folder=staging)
+        made = map_shards(ShardRewriting, {"config": config}, tasks, workspace)
+        settled = without_repeats(snapshot, staging, made, config)
+        differ = [
+            was.index
+            for now, was in zip(settled, wanted, strict=True)
+            if not _placed(snapshot.folder, staging, now, was)
+        ]
+    finally:
+        storage.remove_tree(staging)
     if differ:
         listed = ", ".join(f"{index:05d}" for index in differ)
         raise CorruptArtifact(f"shard {listed} was made again, but came out differently: the source changed")
-
-
-def _settled(folder: str, staging: str, record: ShardRecord) -> ShardRecord:
-    """The shard in `staging` without the repeats that its parquet under `folder` names, where that can be read."""
-    try:
-        with storage.open_read(storage.join(folder, f"{record.index:05d}.parquet")) as stream:
-            lines = pq.read_table(stream, columns=["key", "error_class", "error_message"]).to_pylist()
-    except (OSError, pa.ArrowException):
-        return record
-    dropped = [
-        Repeat(line["key"], line["error_class"], line["error_message"].rpartition(" ")[2])
-        for line in lines
-        if line["error_class"] in REASONS
-    ]
-    if not dropped:
-        return record
-    draft = storage.join(staging, "draft")
-    for file in record.files:
-        storage.write_bytes(
-            storage.join(draft, file.path), storage.read_bytes(storage.join(staging, file.path))
-        )
-    return settle_shard(draft, staging, record.index, dropped)
 
 
 def _placed(folder: str, staging: str, made: ShardRecord, was: ShardRecord) -> bool:
@@ -249,30 +234,6 @@ def _source(snapshot: Snapshot) -> SourceConfig:
     if recorded is None:
         raise CorruptArtifact("its snapshot does not say where its source lies")
     return SourceConfig.model_validate(recorded)
-
-
-def _tasks(
-    snapshot: Snapshot, source: SourceConfig, rows: list[Row], wanted: list[ShardRecord]
-) -> Iterator[ShardTask]:
-    """Each wanted shard's rows as the source has them now, found by identity, whatever their order became."""
-    starts = np.cumsum([0, *(shard.ledger.attempted for shard in snapshot.shards)])
-    places = {shard.index: n for n, shard in enumerate(snapshot.shards)}
-    if sources.is_builtin(source):
-        listed, by_identity = np.arange(len(rows)), dict(enumerate(rows))
-    else:
-        listed = growth.load(snapshot).rows["identity"]
-        by_identity = dict(zip(sources.row_identities(rows).tolist(), rows, strict=True))
-    for shard in wanted:
-        at = places[shard.index]
-        identities = listed[starts[at] : starts[at + 1]].tolist()
-        lost = sum(identity not in by_identity for identity in identities)
-        if lost:
-            where = source.path or source.kind
-            raise CorruptArtifact(
-                f"{lost} of the {len(identities)} rows of shard {shard.index:05d} are gone from {where}"
-            )
-        chosen = [by_identity[identity] for identity in identities]
-        yield ShardTask(shard.index, chosen, dict(shard.parents), len(chosen))
 
 
 def _advised(problem: Problem, artifact: Artifact | None, reason: str) -> Problem:

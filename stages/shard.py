@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from data import growth, sources, storage
 from data.config import Config, fingerprint, operational
 from data.duplicates import repeats
-from data.errors import CorruptArtifact, StageFailed, UserError
+from data.errors import CorruptArtifact, StageFailed
 from data.growth import FAILED, FILTERED, WRITTEN, Growth, KnownRows
-from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, file_record, load_snapshot, snapshots
-from data.originals import is_retryable
+from data.manifest import FileRecord, ShardRecord, Snapshot, file_record, load_snapshot, snapshots
+from data.originals import MISSING, is_retryable
+from data.rows import Cell
 from data.shards import ShardConfig, settle_shard, write_shard
 from data.sources import Row, SourceConfig
 from stages import prompts
 from stages.contract import Inputs, Stage, Workspace, commit
+from stages.failures import check_failures, table_of
 from stages.fanout import ShardTask, map_shards
 
 DRAFTS = "_drafts"
@@ -72,10 +72,15 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
         made = map_shards(ShardWriting, {"config": config.shard}, tasks, workspace)
     else:
         made = _without_repeats(config, extent, tasks, workspace)
-    outcomes = [outcome for record in made for outcome in _outcomes(workspace.folder, record)]
-    known = growth.grown(extent.known, extent.change, extent.identities, outcomes)
+    outcomes = [outcome for record in made for outcome in outcomes_of(workspace.folder, record)]
+    identities = extent.identities.copy()
+    for position, (state, reason) in zip(extent.change.new, outcomes, strict=True):
+        if state == FAILED:
+            identities[position] = identity_after(extent.rows[position], state, reason)
+    known = growth.grown(extent.known, extent.change, identities, outcomes)
     shards = (*extent.shards, *made)
-    _check_failures(config, shards, known.superseded, workspace.folder)
+    name = config.source.path or config.source.kind
+    check_failures(name, config.shard.max_failed_fraction, shards, made, known.superseded, workspace.folder)
     files = _carry_prompts(source, workspace.folder)
     if not sources.is_builtin(
         config.source
@@ -96,6 +101,15 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
     return snapshot
 
 
+def identity_after(row: Row, state: int, reason: str) -> int:
+    """The identity under which an attempted row is known: that of the listing, unless its picture had vanished by then.
+
+    A place that the listing found filled was empty: filled again, be it with the same file, it is another row.
+    """
+    vanished = (state, reason) == (FAILED, MISSING) and not isinstance(row.within, Cell)
+    return sources.row_identity(replace(row, stamp=None) if vanished else row)
+
+
 def again(known: KnownRows) -> np.ndarray:
     """Positions of the known rows that `retry_failed` attempts anew: they failed for a reason that may pass."""
     return known.of_reasons({reason for reason in known.reasons if is_retryable(reason)})
@@ -114,7 +128,9 @@ def _extent(config: ShardStageConfig, source: SourceConfig, folder: str) -> Exte
     rows = sources.list_rows(source)
     identities = sources.row_identities(rows)
     if not sources.is_builtin(config.source) and sources.digest_of(identities) != config.source_digest:
-        raise StageFailed(f"{_name(config)} changed while the run was starting; run the same command again")
+        raise StageFailed(
+            f"{config.source.path} changed while the run was starting; run the same command again"
+        )
     before = load_snapshot(folder, config.after) if config.after else None
     if config.after and before is None:
         raise CorruptArtifact(f"{folder} has no snapshot {config.after}: run the same command again")
@@ -141,12 +157,12 @@ def _tasks(config: ShardStageConfig, extent: Extent) -> list[ShardTask]:
     return tasks
 
 
-def _outcomes(folder: str, record: ShardRecord) -> Iterator[tuple[int, str]]:
+def outcomes_of(folder: str, record: ShardRecord) -> Iterator[tuple[int, str]]:
     """(state, reason) of each row of a shard, in order."""
     if record.ledger.written == record.ledger.attempted:
         yield from [(WRITTEN, "")] * record.ledger.written
         return
-    for row in _table(folder, record, ["status", "error_class"]).to_pylist():
+    for row in table_of(folder, record, ["status", "error_class"]).to_pylist():
         failed = FAILED if row["status"].startswith("failed") else FILTERED
         yield (WRITTEN, "") if row["status"] == "success" else (failed, row["error_class"])
 
@@ -182,8 +198,8 @@ def _without_repeats(
     drafts = storage.join(workspace.folder, DRAFTS)
     written = map_shards(ShardWriting, {"config": config.shard}, tasks, replace(workspace, folder=drafts))
     columns = ["key", "status", "error_class", "sha256", "phash"]
-    tables = [_table(workspace.folder, record, columns) for record in extent.shards]
-    tables += [_table(drafts, record, columns) for record in written]
+    tables = [table_of(workspace.folder, record, columns) for record in extent.shards]
+    tables += [table_of(drafts, record, columns) for record in written]
     distance = config.shard.near_distance if config.shard.deduplicate == "near" else None
     found = repeats(tables, distance)[len(extent.shards) :]
     settling = [
@@ -193,54 +209,12 @@ def _without_repeats(
     return map_shards(ShardSettling, {}, settling, workspace)
 
 
-def _check_failures(
-    config: ShardStageConfig, records: Sequence[ShardRecord], superseded: Ledger, folder: str
-) -> None:
-    ledger = sum((record.ledger for record in records), Ledger()) - superseded
-    failed = sum(ledger.failed.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in {**ledger.failed, **ledger.filtered}.items())
-    if ledger.written == 0:
-        raise UserError(f"none of the {ledger.attempted} rows of {_name(config)} can be used: {reasons}")
-    if failed > config.shard.max_failed_fraction * ledger.attempted:
-        shown = "; ".join(f"row {row}: {why}" for row, why in _failed_rows(folder, records, limit=5))
-        raise StageFailed(
-            f"{failed} of {ledger.attempted} rows failed ({reasons}), more than shard.max_failed_fraction="
-            f"{config.shard.max_failed_fraction}: {shown}. Mend them, or raise the limit with --set shard.max_failed_fraction=…"
-        )
-
-
-def _failed_rows(folder: str, records: Sequence[ShardRecord], *, limit: int) -> Iterator[tuple[str, str]]:
-    """(source id, message) of the first rows that failed."""
-    for record in records:
-        if not record.ledger.failed or limit <= 0:
-            continue
-        rows = _table(folder, record, ["source_id", "status", "error_message"]).to_pylist()
-        failed = [row for row in rows if row["status"].startswith("failed")][:limit]
-        limit -= len(failed)
-        yield from ((row["source_id"], row["error_message"]) for row in failed)
-
-
-def _table(folder: str, record: ShardRecord, columns: list[str]) -> pa.Table:
-    url = storage.join(folder, f"{record.index:05d}.parquet")
-    try:
-        with storage.open_read(url) as stream:
-            return pq.read_table(stream, columns=columns)
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise CorruptArtifact(
-            f"{url} is missing or damaged: run `darkroom verify --repair` on its folder"
-        ) from error
-
-
 def _carry_prompts(source: SourceConfig, folder: str) -> tuple[FileRecord, ...]:
     listed = sources.prompts(source)
     if not listed:
         return ()
     prompts.write_prompts(folder, listed)
     return (file_record(folder, prompts.FILE),)
-
-
-def _name(config: ShardStageConfig) -> str:
-    return config.source.path or config.source.kind
 
 
 STAGE = Stage(

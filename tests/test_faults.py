@@ -333,38 +333,35 @@ def _contents(folder: Path) -> dict[str, bytes]:
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_that_vanishes_during_the_run_is_a_failed_row_until_it_is_written_anew(
+def test_a_picture_that_vanishes_during_the_run_is_a_failed_row_and_a_new_one_when_it_is_back(
     pictures, undisturbed, tmp_path
 ):
-    """What a finished run found stands: to the store this state of the source is done, and only a newer file is a new row."""
+    """The same file with the same time: what the run found was an empty place, and that is not what the source has now."""
     source, root = tmp_path / "pictures", tmp_path / "root"
     shutil.copytree(pictures, source)
+    listed = planned(source, root).stages[0]
     run = start(source, root, workers=1)
     wait_for(lambda: receipts(root), run)
     shutil.move(source / "59.png", tmp_path / "aside.png")
     finish(run)
-    shutil.move(tmp_path / "aside.png", source / "59.png")
 
-    plan = planned(source, root).stages[0]
-    assert plan.status == "cached", "the listing is the one that the run began with"
-    ledger = plan.snapshot.ledger
+    snapshot = manifest.load_snapshot(listed.folder, listed.fingerprint)
+    assert snapshot is not None, "the listing is the one that the run began with"
+    ledger = snapshot.ledger
     assert (ledger.attempted, ledger.written, ledger.failed) == (PICTURES, PICTURES - 1, {"missing_image": 1})
-    (row,) = [
-        r
-        for r in pq.read_table(f"{plan.folder}/{SHARDS - 1:05d}.parquet").to_pylist()
-        if r["status"] != "success"
-    ]
+    lines = pq.read_table(f"{listed.folder}/{SHARDS - 1:05d}.parquet").to_pylist()
+    (row,) = [line for line in lines if line["status"] != "success"]
     assert (row["source_id"], row["status"]) == ("59.png", "failed_to_download")
     assert "no file at the place" in row["error_message"]
-    complete = tuple(f"{Path(plan.folder).name}/{index:05d}" for index in range(SHARDS - 1))
+    complete = tuple(f"{Path(listed.folder).name}/{index:05d}" for index in range(SHARDS - 1))
     shards = {name: digest for name, digest in undisturbed.items() if name.startswith(complete)}
     assert len(shards) == 3 * (SHARDS - 1) and shards.items() <= held(root).items(), (
         "the others are untouched"
     )
 
-    os.utime(source / "59.png")
+    shutil.move(tmp_path / "aside.png", source / "59.png")
     mended = planned(source, root).stages[0]
-    assert (mended.status, mended.folder) == ("pending", plan.folder)
+    assert (mended.status, mended.folder) == ("pending", listed.folder)
     assert mended.reason == "1 new row in 1 new shard"
 
 

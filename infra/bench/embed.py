@@ -147,7 +147,7 @@ def embed_race(
 
     def ours(out: str) -> None:
         for record in records:  # the empty caption is embedded once per dataset, which is not counted here
-            work(ShardTask(record.index, {"shard": record, "first": False}), out)
+            work(ShardTask(record.index, {"shard": record, "first": False}), out)()
 
     batches = [
         (work.clip._prepared(pixels), towers.tokens(captions)[0].to(work.device))
@@ -173,7 +173,7 @@ def encode_race(
 
     def ours(out: str) -> None:
         for record in records:
-            work(ShardTask(record.index, record), out)
+            work(ShardTask(record.index, record), out)()
 
     batches = [
         to_unit_range(pixels.to(work.device)).to(network.dtype)

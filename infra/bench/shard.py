@@ -3,7 +3,7 @@
     python infra/bench/shard.py PHOTOS [--rounds 3] [--only photographs ...] [--json result.json]
 
 PHOTOS is a folder of JPEG photographs. Every contender runs in a process of its own, in turn (A B C A B C ...), and the
-figures are medians of CPU time per sample; a ratio is the median of the ratios round by round. img2dataset is installed
+figures are medians of CPU time per sample, all threads counted, so that a rate is per core; a ratio is the median of the ratios round by round. img2dataset is installed
 once, from the package index, into an environment of its own under infra/bench/.peers.
 """
 
@@ -46,6 +46,7 @@ class Race:
 RACES = {
     "photographs": Race("photographs to 256 px", "photographs", 1500, ("darkroom", "img2dataset"), (1.5,)),
     "large": Race("12-megapixel photographs", "large", 60, ("darkroom", "img2dataset"), (2.0,)),
+    "whole": Race("photographs, whole shard", "photographs", 1500, ("darkroom", "bare"), (0.9,)),
     "bare": Race("photographs, no shard", "photographs", 1500, ("prepare", "bare"), (0.9,)),
     "bare_large": Race("12 megapixels, no shard", "large", 60, ("prepare", "bare"), (0.9,)),
     "tar": Race("tar writing", "small", 5000, ("tar_darkroom", "tar_webdataset", "tar_digests"), (3.0, 0)),

@@ -103,6 +103,31 @@ def test_files_slices_and_cells_are_read(folder: str) -> None:
     ]
 
 
+def test_neighbours_in_a_remote_archive_come_by_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = bytes(range(256)) * 40_000
+    storage.write_bytes("memory://runs/a.tar", payload)
+    storage.write_bytes("memory://runs/b.tar", payload)
+    asked: list[tuple[int, int]] = []
+
+    def counted(url: str, start: int, size: int) -> bytes:
+        asked.append((start, size))
+        return read_range(url, start, size)
+
+    read_range = storage.read_range
+    monkeypatch.setattr(storage, "read_range", counted)
+    near = [Slice(600 + 3000 * i, 2000) for i in range(10)]
+    far, second = Slice(200_000, 5), [Slice(512, 100), Slice(5000, 100)]
+    large = [Slice(1_000_000 + n * 2_000_000, 1_900_000) for n in range(3)]
+    cut = Slice(len(payload) - 10, 20)
+    rows = [row("memory://runs/a.tar", part) for part in (*near, far, *large, cut)]
+    rows += [row("memory://runs/b.tar", part) for part in second]
+    found = read(*rows, max_bytes=4 << 20)
+    wanted = [payload[part.start :][: part.size] for part in (*near, far, *large)]
+    assert found == [*wanted, "unreadable", *(payload[part.start :][: part.size] for part in second)]
+    one_by_one = [(part.start, part.size) for part in (far, *large, cut)]
+    assert sorted(asked) == sorted([(600, 29_000), *one_by_one, (512, 4588)])
+
+
 def test_no_more_is_held_than_shows_that_it_is_too_much(folder: str) -> None:
     storage.write_bytes(f"{folder}/a", b"x" * 1000)
     stream = io.BytesIO()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data import growth
 from data.config import result_fields
+from data.errors import CorruptArtifact
 from data.growth import FAILED, WRITTEN
 from data.manifest import ShardRecord, Snapshot, load_snapshot, publish_snapshot
 from flows.graph import prepare_nodes
@@ -65,7 +66,7 @@ def carried_out(stage: PlannedStage, *, failed: Sequence[int] = ()) -> PlannedSt
         config=result_fields(config),
         shards=tuple(ShardRecord(index=i, samples=4, keys="", files=()) for i in shards),
         files=(growth.save(stage.folder, stage.fingerprint, known),),
-        facts={"reasons": list(known.reasons)},
+        facts={"reasons": list(known.reasons), "source": config.source.model_dump(mode="json")},
         created="2026-01-01T00:00:00+00:00",
     )
     publish_snapshot(stage.folder, snapshot)
@@ -118,6 +119,24 @@ def test_rows_that_may_succeed_now_are_attempted_again_when_asked(tmp_path):
     )
     carried_out(plan_of(rows, tmp_path, retry_failed=True))
     assert plan_of(rows, tmp_path, retry_failed=True).status == "cached", "nothing is left to try again"
+
+
+def test_a_lost_list_of_rows_is_told_and_nothing_is_sharded_anew_in_silence(tmp_path):
+    rows = table(tmp_path / "pairs.jsonl", "abcd")
+    first = carried_out(plan_of(rows, tmp_path))
+    (Path(first.folder) / growth.rows_path(first.fingerprint)).unlink()
+    with pytest.raises(CorruptArtifact, match=f"run `darkroom verify {first.folder} --repair`, or remove it"):
+        plan_of(table(rows, "abcdef"), tmp_path)
+    other = plan_of(table(tmp_path / "other.jsonl", "xyz"), tmp_path)
+    assert other.status == "pending", "another source does not wait for it"
+
+
+def test_an_unreadable_snapshot_is_told(tmp_path):
+    rows = table(tmp_path / "pairs.jsonl", "abcd")
+    first = carried_out(plan_of(rows, tmp_path))
+    (Path(first.folder) / f"_meta/snapshots/{first.fingerprint}.json").write_text("{")
+    with pytest.raises(CorruptArtifact, match="is not a Snapshot"):
+        plan_of(table(rows, "abcdef"), tmp_path)
 
 
 def test_other_rules_are_another_artifact(tmp_path):

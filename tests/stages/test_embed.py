@@ -64,7 +64,7 @@ def shard(tmp_path_factory) -> tuple[str, ShardRecord]:
 def embed(clip: str, shard: tuple[str, ShardRecord], out: Path, **config) -> ShardRecord:
     data, record = shard
     work = Embedding(clip, data, EmbedConfig(**{"batch_size": 4, **config}))
-    return work(ShardTask(0, {"shard": record, "first": True}, {"data": "d", "clip": "c"}), str(out))
+    return work(ShardTask(0, {"shard": record, "first": True}, {"data": "d", "clip": "c"}), str(out))()
 
 
 def test_every_column_is_row_aligned_and_the_encoders_own(clip, shard, tmp_path):

@@ -51,7 +51,7 @@ def make_shard(folder: Path, sizes: list[tuple[int, int]]) -> tuple[str, ShardRe
 def encode(vae: str, shard: tuple[str, ShardRecord], out: Path, **config) -> ShardRecord:
     data, record = shard
     work = Encoding(vae, data, EncodeConfig(**{"batch_size": 4, **config}))
-    return work(ShardTask(0, record, {"data": "d", "vae": "v"}), str(out))
+    return work(ShardTask(0, record, {"data": "d", "vae": "v"}), str(out))()
 
 
 def test_moments_are_the_vaes_own_row_by_row(vae, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from data.errors import StageFailed, UserError
 from data.manifest import FileRecord, ShardRecord, keys_digest
 from stages.cluster import cluster
 from stages.contract import FanoutConfig, Workspace
-from stages.fanout import ShardTask, finished, map_shards
+from stages.fanout import ShardTask, Writing, finished, map_shards
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,21 @@ class Working:
         return ShardRecord(
             index=task.index, samples=1, keys=keys_digest([]), files=files, parents=dict(task.parents)
         )
+
+
+class WritingApart(Working):
+    """Leaves what it computed to be written in half a second, in which it may die or fail."""
+
+    def __call__(self, task: ShardTask, folder: str) -> Writing:
+        began = time.time()
+
+        def write() -> ShardRecord:
+            time.sleep(self.seconds)
+            record = super(WritingApart, self).__call__(task, folder)
+            (self.marks / f"{task.index}-{began}-{time.time()}").touch()
+            return record
+
+        return write
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +134,34 @@ def test_a_receipt_made_from_other_parents_is_stale_and_its_shard_is_made_anew(p
     )
     assert Path(workspace.folder, "0.txt").read_text() == "new"
     assert calls(arguments) == [0, 0, 1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_next_shard_is_computed_while_one_is_written(place):
+    workspace, arguments = place
+    workspace = replace(workspace, fanout=FanoutConfig(num_workers=1))
+    tasks = [ShardTask(i, "plain") for i in range(3)]
+    records = map_shards(WritingApart, arguments | {"seconds": 0.5}, tasks, workspace)
+    assert [record.index for record in records] == [0, 1, 2]
+    assert finished(tasks, workspace.folder).keys() == {0, 1, 2}
+    spans = [mark.name.split("-") for mark in Path(arguments["marks"]).iterdir() if "." in mark.name]
+    ordered = sorted((int(index), float(began), float(ended)) for index, began, ended in spans)
+    assert ordered[1][1] < ordered[0][2] and ordered[2][1] < ordered[1][2], (
+        "it began before the one before was written"
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_writing_that_dies_or_fails_is_a_failed_attempt_of_its_own_shard(place):
+    workspace, arguments = place
+    tasks = [
+        ShardTask(i, payload) for i, payload in enumerate(["plain", "die once", "plain", "fail", "plain"])
+    ]
+    with pytest.raises(
+        StageFailed, match="1 of 5 shards failed; shard 00003: RuntimeError: a defect, 2 attempts"
+    ):
+        map_shards(WritingApart, arguments, tasks, workspace)
+    assert finished(tasks, workspace.folder).keys() == {0, 1, 2, 4}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -22,7 +22,7 @@ from data.sources import SourceConfig
 from data.verify import verify
 from stages.catalogue import STAGES, run_spec
 from stages.cluster import cluster
-from stages.contract import FanoutConfig, InputRef, StageSpec
+from stages.contract import FanoutConfig, InputRef, StageSpec, Workspace
 from stages.encode import EncodeConfig
 from stages.repair import repair
 from stages.shard import ShardStageConfig
@@ -211,3 +211,178 @@ def test_a_source_that_is_gone_or_changed_is_named(root: Path, original: Path, t
         (source / "m0.txt").write_text(text)
     assert f"1 of the 4 rows of shard 00000 are gone from {source}" in problem.problem
     assert repair(str(root), fanout=FANOUT).verdict.ok
+
+
+def sharded(source: Path, folder: Path, after: str = "", rules: ShardConfig = SHARD) -> Snapshot:
+    where = SourceConfig(path=str(source))
+    rules = rules.model_copy(update={"max_failed_fraction": 0.5})
+    config = ShardStageConfig(
+        source=where, source_digest=sources.source_digest(where), shard=rules, after=after
+    )
+    return made("shard", folder, config, {})
+
+
+@pytest.fixture(scope="module")
+def mended_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set whose broken picture was mended between its two states: shard 0 has the failure, shard 2 the picture."""
+    home = tmp_path_factory.mktemp("mended")
+    for number in range(7):
+        picture(home / "source", f"m{number}")
+    (home / "source/a.png").write_bytes(b"")
+    (home / "source/a.txt").write_text("mended later")
+    first = sharded(home / "source", home / "root")
+    Image.new("RGB", (16, 16)).save(home / "source/a.png")
+    grown = sharded(home / "source", home / "root", after=first.fingerprint)
+    assert (len(grown.shards), grown.ledger.failed, grown.ledger.written) == (3, {}, 8)
+    return home
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["00000.tar"],
+        ["00000_stats.json", "00000.tar"],
+        ["00002.tar", "00002.parquet"],
+        ["_meta/rows/first.npy"],
+        ["_meta/rows/second.npy"],
+    ],
+    ids=" ".join,
+)
+def test_a_data_set_with_a_mended_row_is_repaired(
+    mended_source: Path, tmp_path: Path, lost: list[str]
+) -> None:
+    root = Path(shutil.copytree(mended_source / "root", tmp_path / "root"))
+    before = digests(root)
+    first, second = sorted(manifest.snapshots(str(root)), key=lambda s: len(s.shards))
+    for name in lost:
+        name = name.replace("first", first.fingerprint).replace("second", second.fingerprint)
+        (root / name).unlink()
+    done = repair(str(root), fanout=FANOUT)
+    assert done.verdict.ok, done.verdict.problems
+    assert digests(root) == before
+
+
+def test_lists_of_rows_are_made_again_from_the_source_or_it_is_said_that_it_changed(
+    mended_source: Path, deduplicated: Path, tmp_path: Path
+) -> None:
+    for number, home in enumerate((deduplicated, mended_source)):
+        root = Path(shutil.copytree(home / "root", tmp_path / f"{number}"))
+        before = digests(root)
+        shutil.rmtree(root / "_meta/rows")
+        (root / "00000.tar").unlink()
+        done = repair(str(root), fanout=FANOUT)
+        if home == deduplicated:
+            assert done.verdict.ok and digests(root) == before
+    assert "the source changed" in done.verdict.problems[0].problem, (
+        "nobody knows the size of the file that was broken"
+    )
+
+
+def test_what_only_the_parquet_told_of_a_mended_row_is_not_invented(
+    mended_source: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(mended_source / "root", tmp_path / "root"))
+    before = digests(root)
+    for name in ("00000.parquet", "00000.tar"):
+        (root / name).unlink()
+    (problem,) = repair(str(root), fanout=FANOUT).verdict.problems
+    assert problem.uri.endswith("00000.parquet") and "came out differently" in problem.problem
+    before.pop("00000.parquet")
+    assert digests(root) == before, "the tar is back"
+
+
+NO_REPEATS = SHARD.model_copy(update={"deduplicate": "exact"})
+
+
+def repeating(folder: Path) -> Path:
+    """Nine pictures in three shards; the second of each but the first shows what a picture of the first does."""
+    for number in range(9):
+        picture(folder, f"p{number}")
+    for copy, of in (("p5", "p0"), ("p8", "p2")):
+        shutil.copy(folder / f"{of}.png", folder / f"{copy}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deduplicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("deduplicated")
+    made = sharded(repeating(home / "source"), home / "root", rules=NO_REPEATS)
+    assert made.ledger.filtered == {"duplicate_image": 2}
+    return home
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["00001.tar"],
+        ["00001.parquet"],
+        ["00001.tar", "00001.parquet", "00001_stats.json"],
+        ["00000.tar", "00000.parquet", "00001.parquet", "00002.parquet", "00002.tar"],
+    ],
+    ids=" ".join,
+)
+def test_a_data_set_without_repeats_is_repaired(deduplicated: Path, tmp_path: Path, lost: list[str]) -> None:
+    root = Path(shutil.copytree(deduplicated / "root", tmp_path / "root"))
+    before = digests(root)
+    for name in lost:
+        if (root / name).exists():
+            (root / name).unlink()
+    done = repair(str(root), fanout=FANOUT)
+    assert done.verdict.ok, done.verdict.problems
+    assert digests(root) == before
+
+
+def test_without_its_source_nothing_sound_of_it_is_touched(deduplicated: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(deduplicated / "root", tmp_path / "root"))
+    hidden = (deduplicated / "source").rename(tmp_path / "hidden")
+    (root / "00001.tar").unlink()
+    before = digests(root)
+    try:
+        (problem,) = repair(str(root), fanout=FANOUT).verdict.problems
+    finally:
+        hidden.rename(deduplicated / "source")
+    assert problem.uri.endswith("00001.tar") and "bring" in problem.problem
+    assert digests(root) == before
+
+
+def test_killed_between_its_passes_a_run_decides_about_the_source_that_is_there_then(tmp_path: Path) -> None:
+    source, passes = repeating(tmp_path / "source"), []
+
+    def interrupt(done: float, total: float, unit: str, note: str = "") -> None:  # noqa: ARG001
+        if not done:
+            passes.append(total)
+        if len(passes) == 2:
+            raise Interrupted
+
+    where = SourceConfig(path=str(source))
+    config = ShardStageConfig(source=where, source_digest=sources.source_digest(where), shard=NO_REPEATS)
+    with pytest.raises(Interrupted):
+        STAGES["shard"].run(config, {}, Workspace(str(tmp_path / "root"), "killed", FANOUT, interrupt))
+    assert list((tmp_path / "root/_drafts").glob("*.tar")) and not list((tmp_path / "root").glob("*.tar"))
+
+    (source / "p0.png").unlink()
+    picture(source, "p0")
+    after_kill = sharded(source, tmp_path / "root", rules=NO_REPEATS)
+    assert after_kill.ledger.filtered == {"duplicate_image": 1}, "p5 shows what is nowhere else now"
+    undisturbed = sharded(source, tmp_path / "other", rules=NO_REPEATS)
+    assert after_kill.digest == undisturbed.digest
+    assert digests(tmp_path / "root").keys() == digests(tmp_path / "other").keys()
+    assert verify(str(tmp_path / "root")).ok
+
+
+def test_a_run_that_grew_the_data_set_before_the_repair_had_its_lease_is_seen(
+    mended_source: Path, tmp_path: Path
+) -> None:
+    """What the repair was told is of an earlier state; what it does is about the present one."""
+    root = tmp_path / "root"
+    first = sharded(mended_source / "source", root)
+    (root / "00000.tar").unlink()
+    found = verify(str(root))
+    picture(tmp_path / "source", "more")
+    for path in (mended_source / "source").iterdir():
+        shutil.copy2(path, tmp_path / "source")
+    grown = sharded(tmp_path / "source", root, after=first.fingerprint)
+    (root / "00002.tar").unlink()
+    assert len(grown.shards) == 3
+    done = repair(str(root), found=found, fanout=FANOUT)
+    assert done.verdict.ok, done.verdict.problems
