@@ -3,8 +3,9 @@
     python infra/bench/shard.py PHOTOS [--rounds 3] [--only photographs ...] [--json result.json]
 
 PHOTOS is a folder of JPEG photographs. Every contender runs in a process of its own, in turn (A B C A B C ...), and the
-figures are medians of CPU time per sample, all threads counted, so that a rate is per core; a ratio is the median of the ratios round by round. img2dataset is installed
-once, from the package index, into an environment of its own under infra/bench/.peers.
+figures are medians of CPU time per sample, all threads counted, so that a rate is per core; a ratio is the median of the
+ratios round by round. img2dataset is installed once, from the package index, into an environment of its own under
+infra/bench/.peers.
 """
 
 from __future__ import annotations
