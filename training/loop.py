@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint, distributed, execution, flops, optim, spikes, validation
+from training import checkpoint, distributed, execution, flops, optim, samples, spikes, validation
 from training.checkpoint import TrainState
 from training.ema import Ema
 from training.randomness import Draws
@@ -45,7 +45,7 @@ def train(
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
     `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
-    averaged weights are asked about every `config.validate_every` steps.
+    averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
     state = build_state(trainable, config)
@@ -84,7 +84,11 @@ def _run(
         if window.is_due(state.clock):
             since, row = window.rows_end, window.close(state)
             if held_out is not None and validation.is_due(since, state.clock, config):
-                row |= window.validated(validation.validation_loss(trainable, state, config, held_out))
+                loss = validation.validation_loss(trainable, state, config, held_out)
+                samples.write_samples(
+                    trainable, state, config, held_out, folder.with_name("_meta") / "samples"
+                )
+                row |= window.validated(loss)
             report(row)
         is_last = state.clock == config.max_steps
         if is_last or state.clock % config.checkpoint_every == 0:

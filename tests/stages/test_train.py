@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -83,12 +84,14 @@ def test_an_impossible_request_is_refused_before_anything_starts(data, tmp_path,
 
 def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpoint(data, tmp_path):
     folder = tmp_path / "vae"
-    config = tiny(max_steps=400, checkpoint_every=20)
+    config = tiny(max_steps=400, checkpoint_every=20, validate_every=200)
     killer = threading.Thread(target=_kill_worker_at_first_checkpoint, args=(folder,))
     killer.start()
     snapshot = STAGES["vae"].run(config, {"data": data}, Workspace(str(folder), "f" * 12))
     killer.join()
     assert (tmp_path / "killed").exists() and snapshot.facts["max_steps"] == 400
+    curve = pq.read_table(folder / "curve.parquet").to_pylist()
+    assert [row["step"] for row in curve if row["validation_loss"] is not None] == [200, 400]
     assert {"config.json", "curve.parquet", "diffusion_pytorch_model.safetensors"} == {
         f.path for f in snapshot.files
     }

@@ -16,14 +16,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Objective, noised, per_sample_mse
-from training.diffusion.sampling import dpm_solver
+from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Objective, denoiser, noised, per_sample_mse
+from training.diffusion.sampling import dpm_solver, sample
+from training.pixels import to_uint8
 from training.randomness import Draws
 from training.systems.embeddings import chosen, padded, resident, widened, widened_statistics
 from training.systems.system import Batch, Columns, TrainConfig
 
 AUGMENTATION = Objective("epsilon", "squaredcos_cap_v2")
 """The noising path of the image embedding; its network is the denoiser itself, so nothing predicts on it."""
+
+SAMPLE_STEPS = 10
 
 
 class DenoiserConfig(TrainConfig):
@@ -156,6 +159,19 @@ class Denoiser:
         gamma = self.config.min_snr_gamma
         return loss if gamma is None else loss * objective.min_snr_weights(t, gamma)
 
+    def sample(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """The first three channels of latents made for the batch's conditions: (B, 3, h, w) uint8, ±2 deviations of noise wide.
+
+        No VAE is at hand in training; layout and edges show in latents too.
+        """
+        objective = self.config.objective()
+        conditioning = self._conditioning(batch, draws, drop=False)
+        x_t = draws.normal("denoiser.sample", self.latent_shape)
+        solver = dpm_solver(objective, prediction_type="sample")
+        latents = sample(denoiser(network(model), objective), solver, x_t, SAMPLE_STEPS, **conditioning)
+        shown = latents[:, [min(c, self.latent_shape[0] - 1) for c in range(3)]]
+        return to_uint8(shown / 2)
+
     def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Writes diffusers' `unet/`, `scheduler/`, `image_normalizer/` and `image_noising_scheduler/` under `folder`."""
         from diffusers import DDPMScheduler
@@ -184,7 +200,7 @@ class Denoiser:
         noise = draws.normal("denoiser.posterior", mean.shape[1:])
         return self.scaling_factor * (mean + (0.5 * logvar).exp() * noise)
 
-    def _conditioning(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def _conditioning(self, batch: Batch, draws: Draws, *, drop: bool = True) -> dict[str, Tensor]:
         device = batch["img_emb"].device
         level = draws.integers("denoiser.noise_level", self.config.max_noise_level)
         labels = noised_embedding(
@@ -194,11 +210,13 @@ class Denoiser:
             resident(self.mean, device),
             resident(self.std, device),
         )
-        drop = draws.uniform("denoiser.drop")
+        if not drop:
+            return {"class_labels": labels, "text_hidden": batch["text_hidden"]}
+        at = draws.uniform("denoiser.drop")
         return {
-            "class_labels": chosen(drop < self.config.image_drop, torch.zeros_like(labels), labels),
+            "class_labels": chosen(at < self.config.image_drop, torch.zeros_like(labels), labels),
             "text_hidden": chosen(
-                drop < self.config.caption_drop, resident(self.empty_hidden, device), batch["text_hidden"]
+                at < self.config.caption_drop, resident(self.empty_hidden, device), batch["text_hidden"]
             ),
         }
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data.errors import UserError
-from training.pixels import to_unit_range
+from training.pixels import to_uint8, to_unit_range
 from training.randomness import Draws
 from training.systems.embeddings import spread_indices
 from training.systems.system import Batch, Columns, TrainConfig
@@ -115,6 +115,11 @@ class Vae:
             1
         ) + self.config.mse_weight * error.square().mean(1)
         return pixel_loss + self.config.kl_weight * kl_to_standard_normal(mean, logvar)
+
+    def sample(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:  # noqa: ARG002
+        """The batch's pictures, then what the posterior's mean decodes to: (2B, 3, H, W) uint8."""
+        noise = torch.zeros(len(batch["image"]), *self.latent_shape(), device=batch["image"].device)
+        return torch.cat([batch["image"], to_uint8(model(to_unit_range(batch["image"]), noise)[0].float())])
 
     def publish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Writes a diffusers VAE folder whose latents have mean 0 and standard deviation 1 per channel over the data."""
