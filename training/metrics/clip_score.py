@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their captions, as a raw cosine."""
+"""CLIP score: how well pictures fit their captions, as a raw cosine, and in the two scaled forms that papers print."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ class ClipScore:
     per_sample: np.ndarray
     """(N,) float64."""
 
+    @property
+    def times_100(self) -> float:
+        """100 max(mean cosine, 0), as torchmetrics' `CLIPScore` prints it; no caption prefix."""
+        return 100.0 * max(self.mean, 0.0)
+
+    @property
+    def times_2_5(self) -> float:
+        """Mean of 2.5 max(cosine, 0) (Hessel et al. 2021, eq. 1), here without their prefix "A photo depicts"."""
+        return float(2.5 * np.maximum(self.per_sample, 0.0).mean())
+
 
 def clip_score(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> ClipScore:
     """Cosine between row i of both (N, D) arrays, of any norm, in float64; and the mean.
@@ -28,12 +38,13 @@ def clip_score(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> Cli
             f"image embeddings {image_embeddings.shape} and text embeddings {text_embeddings.shape} are not row-aligned: "
             "give one of each per sample, from the same CLIP"
         )
-    images, texts = _unit_rows(image_embeddings, "image"), _unit_rows(text_embeddings, "text")
+    images, texts = unit_rows(image_embeddings, "image"), unit_rows(text_embeddings, "text")
     cosines = np.clip((images * texts).sum(axis=1), -1.0, 1.0)
     return ClipScore(float(cosines.mean()), cosines)
 
 
-def _unit_rows(embeddings: np.ndarray, what: str) -> np.ndarray:
+def unit_rows(embeddings: np.ndarray, what: str) -> np.ndarray:
+    """The rows (N, D) at length 1, float64; `what` names them in the ValueError for a row without a direction."""
     rows = finite_rows(embeddings)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     if not norms.all():

@@ -5,21 +5,23 @@ Legend: D feature width, r numerical rank of a covariance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from training.metrics.moments import Moments
+from training.metrics.moments import Moments, finite_rows, moments_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnostics:
     """How far a distance can be trusted, and how it was computed."""
 
-    method: Literal["cholesky", "eigh"]
-    """`cholesky` when both covariances have full numerical rank; `eigh` drops what has none."""
-    num_samples: tuple[int, int]
+    method: Literal["cholesky", "eigh", "gram"]
+    """`cholesky` when both covariances have full numerical rank; `eigh` drops what has none; `gram` takes singular values
+    of products of centred rows, where there are fewer rows than dimensions and they are at hand."""
+    num_samples: tuple[int | None, int | None]
     width: int
     rank: tuple[int, int]
     """Numerical ranks of the two covariances; at most n - 1."""
@@ -41,36 +43,87 @@ class Frechet:
     diagnostics: Diagnostics
 
 
-def frechet_distance(a: Moments, b: Moments) -> Frechet:
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """What a distance is taken of. Factorisations are made once, so that one reference serves many distances."""
+
+    mean: np.ndarray
+    """(D,) float64."""
+    covariance: np.ndarray
+    """(D, D) float64, ddof = 1."""
+    n: int | None
+    """Samples behind it; None when a published file does not tell."""
+    rows: np.ndarray | None = None
+    """(n, D) features, where n <= D: a factor of the covariance that is exact and needs no eigenvectors."""
+
+    @classmethod
+    def of(cls, moments: Moments) -> Gaussian:
+        """The Gaussian of `moments`, which need at least two samples."""
+        return cls(moments.mean, moments.covariance, moments.n)
+
+    @classmethod
+    def fitted(cls, features: np.ndarray) -> Gaussian:
+        """The Gaussian of `features` (N, D), which are kept where they are fewer than their dimensions."""
+        gaussian = cls.of(moments_of(features))
+        return replace(gaussian, rows=features) if len(features) <= features.shape[1] else gaussian
+
+    @cached_property
+    def lower(self) -> np.ndarray | None:
+        """The Cholesky factor; None where the covariance is not positive definite."""
+        try:
+            return np.linalg.cholesky(self.covariance)
+        except np.linalg.LinAlgError:
+            return None
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """(D, r) with factor @ factor.T = covariance up to rounding."""
+        if self.rows is not None:
+            centred = finite_rows(self.rows) - self.mean
+            return centred.T / np.sqrt(len(centred) - 1)
+        return _factor(self.covariance, len(self.mean) if self.n is None else self.n - 1)
+
+    @cached_property
+    def rank(self) -> int:
+        """Numerical rank of the covariance."""
+        if self.rows is None:
+            return self.factor.shape[1]
+        eigenvalues = np.linalg.eigvalsh(self.factor.T @ self.factor)
+        return int((eigenvalues > _rank_tolerance(eigenvalues)).sum())
+
+
+def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian, *, exact: bool = True) -> Frechet:
     """|mean_a - mean_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), float64 (Dowson & Landau 1982, eq. 4; Heusel et al. 2017, eq. 6).
 
-    Covariances have ddof = 1. Raises ValueError for different widths or fewer than two samples.
+    Covariances have ddof = 1. Not `exact`: where there are fewer samples than dimensions, eigenvalues stand for singular
+    values, a third of the work for half of the digits; enough for a spread. Raises ValueError for different widths or fewer
+    than two samples.
     """
+    a, b = (Gaussian.of(side) if isinstance(side, Moments) else side for side in (a, b))
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"features of width {len(a.mean)} and {len(b.mean)} have no distance: use one extractor"
         )
-    cov_a, cov_b = a.covariance, b.covariance
     width = len(a.mean)
-    traces = float(np.trace(cov_a)), float(np.trace(cov_b))
-    root_trace = _full_rank_root_trace(cov_a, cov_b) if min(a.n, b.n) > width else None
+    undersampled = any(side.n is not None and side.n <= width for side in (a, b))
+    root_trace = None if undersampled else _full_rank_root_trace(a, b)
     if root_trace is not None:
         method, rank, clipped = "cholesky", (width, width), (0.0, 0.0)
     else:
-        method = "eigh"
-        factor_a, factor_b = _factor(cov_a, a.n - 1), _factor(cov_b, b.n - 1)
-        root_trace = _nuclear_norm(factor_a.T @ factor_b)
-        rank = factor_a.shape[1], factor_b.shape[1]
-        clipped = _clipped_mass(cov_a, factor_a), _clipped_mass(cov_b, factor_b)
+        method = "eigh" if a.rows is None and b.rows is None else "gram"
+        cross = a.factor.T @ b.factor
+        root_trace = _nuclear_norm(cross) if exact else _rough_nuclear_norm(cross)
+        rank = (a.rank, b.rank) if exact else (a.factor.shape[1], b.factor.shape[1])
+        clipped = _clipped_mass(a), _clipped_mass(b)
     mean_term = float(np.sum((a.mean - b.mean) ** 2))
-    covariance_term = traces[0] + traces[1] - 2.0 * root_trace
+    covariance_term = float(np.trace(a.covariance) + np.trace(b.covariance)) - 2.0 * root_trace
     value = mean_term + covariance_term
     diagnostics = Diagnostics(
         method=method,
         num_samples=(a.n, b.n),
         width=width,
         rank=rank,
-        undersampled=min(a.n, b.n) <= width,
+        undersampled=undersampled,
         clipped=clipped,
         mean_term=mean_term,
         covariance_term=covariance_term,
@@ -79,13 +132,11 @@ def frechet_distance(a: Moments, b: Moments) -> Frechet:
     return Frechet(max(value, 0.0), diagnostics)
 
 
-def _full_rank_root_trace(cov_a: np.ndarray, cov_b: np.ndarray) -> float | None:
+def _full_rank_root_trace(a: Gaussian, b: Gaussian) -> float | None:
     """Tr (S_a S_b)^(1/2) from the eigenvalues of L^T S_b L, where S_a = L L^T; None unless all are safely positive."""
-    try:
-        lower = np.linalg.cholesky(cov_a)
-    except np.linalg.LinAlgError:
+    if a.lower is None:
         return None
-    product = lower.T @ cov_b @ lower
+    product = a.lower.T @ b.covariance @ a.lower
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
     # A square root turns an error e of a vanishing eigenvalue into sqrt(e): let the factored form handle those.
     if eigenvalues[0] <= _rank_tolerance(eigenvalues):
@@ -101,6 +152,11 @@ def _factor(cov: np.ndarray, most: int) -> np.ndarray:
     return vectors[:, keep] * np.sqrt(eigenvalues[keep])
 
 
+def _rough_nuclear_norm(cross: np.ndarray) -> float:
+    square = cross @ cross.T if cross.shape[0] <= cross.shape[1] else cross.T @ cross
+    return float(np.sqrt(np.maximum(np.linalg.eigvalsh(square), 0.0)).sum()) if cross.size else 0.0
+
+
 def _nuclear_norm(cross: np.ndarray) -> float:
     """Sum of singular values. With S = F F^T, those of F_a^T F_b are the eigenvalues of (S_a S_b)^(1/2), so no square
     root of a rounding error is ever taken."""
@@ -111,6 +167,6 @@ def _rank_tolerance(eigenvalues: np.ndarray) -> float:
     return float(np.abs(eigenvalues).max() * len(eigenvalues) * np.finfo(np.float64).eps)
 
 
-def _clipped_mass(cov: np.ndarray, factor: np.ndarray) -> float:
-    trace = float(np.trace(cov))
-    return abs(trace - float(np.sum(factor**2))) / trace if trace > 0.0 else 0.0
+def _clipped_mass(side: Gaussian) -> float:
+    trace = float(np.trace(side.covariance))
+    return abs(trace - float(np.sum(side.factor**2))) / trace if trace > 0.0 else 0.0

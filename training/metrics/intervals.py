@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from scipy import special
 
-from training.metrics.frechet import frechet_distance
+from training.metrics.frechet import Gaussian, frechet_distance
 from training.metrics.moments import Moments, moments_of, without
 
 MAX_BLOCKS = 32
@@ -59,7 +60,7 @@ def mean_interval(values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> tuple[
 
 
 def frechet_interval(
-    reference: Moments, features: np.ndarray, *, max_blocks: int = MAX_BLOCKS
+    reference: Moments | Gaussian, features: np.ndarray, *, max_blocks: int = MAX_BLOCKS
 ) -> tuple[float, float]:
     """(low, high), both >= 0, around the Fréchet distance of `features` (N, D) from a fixed `reference`.
 
@@ -67,12 +68,17 @@ def frechet_interval(
     tells the spread over generated samples at this N; the bias of order 1/N stays, so compare only equal N.
     """
     blocks = index_blocks(len(features), max_blocks)
+    reference = Gaussian.of(reference) if isinstance(reference, Moments) else reference
+    few = len(features) <= features.shape[1]
     whole = moments_of(features)
-    rest = (without(whole, moments_of(features[block])) for block in blocks)
-    deleted = (frechet_distance(reference, moments).value for moments in rest)
-    low, high = deleted_interval(
-        frechet_distance(reference, whole).value, deleted, [len(block) for block in blocks]
-    )
+    full = frechet_distance(reference, Gaussian.fitted(features) if few else whole, exact=False).value
+    deleted = []
+    for block in blocks:
+        rest = Gaussian.of(without(whole, moments_of(features[block[0] : block[-1] + 1])))
+        if few:
+            rest = replace(rest, rows=np.delete(features, block, axis=0))
+        deleted.append(frechet_distance(reference, rest, exact=False).value)
+    low, high = deleted_interval(full, deleted, [len(block) for block in blocks])
     return max(low, 0.0), max(high, 0.0)
 
 
@@ -92,8 +98,11 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def deleted_interval(full: float, deleted: Iterable[float], sizes: list[int]) -> tuple[float, float]:
-    """(low, high) around `full`, from its values without each block of `sizes` samples: delete-a-block jackknife for blocks
-    of unequal size (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for unequal m")."""
+    """(low, high) around `full` from the values that are left without each block; `sizes` are those of the blocks.
+
+    Delete-a-block jackknife for blocks of unequal size m_j (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife for
+    unequal m").
+    """
     n = sum(sizes)
     without_block = list(deleted)
     estimate = len(sizes) * full - sum(

@@ -13,7 +13,7 @@ import numpy as np
 from data.config import Config
 from training.metrics.clip_score import clip_score
 from training.metrics.frechet import frechet_distance
-from training.metrics.intervals import frechet_interval, jackknife_interval, mean_interval, wilson_interval
+from training.metrics.intervals import frechet_interval, mean_interval, wilson_interval
 from training.metrics.kernel import cmmd
 from training.metrics.moments import Moments, moments_of
 from training.metrics.prompt_accuracy import prompt_accuracy
@@ -58,10 +58,7 @@ def embedding_scores(real: np.ndarray, fake: np.ndarray, text: np.ndarray) -> li
     (N, D) and their prompts (N, D)."""
     reference = moments_of(real)
     fd = frechet_distance(reference, moments_of(fake)).value
-    distance = cmmd(real, fake).unbiased
-    spread = jackknife_interval(
-        lambda kept: cmmd(real, fake[kept]).unbiased, len(fake), max_blocks=JACKKNIFE_BLOCKS
-    )
+    distance = cmmd(real, fake)
     fit = clip_score(fake, text)
     return [
         _score(
@@ -73,7 +70,12 @@ def embedding_scores(real: np.ndarray, fake: np.ndarray, text: np.ndarray) -> li
             "Fréchet distance on CLIP features",
         ),
         _score(
-            "cmmd", distance, *spread, len(fake), "lower", "CLIP maximum mean discrepancy, unbiased, x1000"
+            "cmmd",
+            distance.unbiased,
+            *distance.interval,
+            len(fake),
+            "lower",
+            "CLIP maximum mean discrepancy, unbiased, x1000",
         ),
         _score(
             "clip_score",
@@ -96,19 +98,33 @@ def reconstruction_score(originals: np.ndarray, reconstructed: np.ndarray) -> Sc
 
 
 def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) -> dict[str, Score]:
-    """How near the prior's predicted image embeddings (K, D) come to the true ones, and to what they should not resemble.
+    """How near the prior's predicted image embeddings (K, D) come to the true ones, and to what they should not resemble:
+    the seven diagnostics, those of DALLE2-pytorch's prior among them.
 
-    `prior_cosine` is the headline; `unrelated` pairs each prediction with another sample's image, `text_baseline` uses the
-    text embedding itself as prediction, `to_text` pairs it with the sample's text embedding.
+    `prior_cosine` is the headline. `text_baseline` takes the text embedding itself for a prediction. A prediction that is
+    nearer to its text than true images are (`difference_from_baseline` well above 0) is overfitted to the text.
+    `unrelated_images` says what `unrelated` would be for a perfect prior.
     """
-    other = np.roll(image, len(image) // 2, axis=0)
+    other_image, other_text = (np.roll(each, len(each) // 2, axis=0) for each in (image, text))
     pairs = {
         "prior_cosine": (predicted, image, "predicted and true image embedding"),
-        "unrelated": (predicted, other, "predicted and another sample's image embedding"),
+        "unrelated": (predicted, other_image, "predicted and another sample's image embedding"),
         "text_baseline": (text, image, "text embedding and true image embedding"),
         "to_text": (predicted, text, "predicted image embedding and text embedding"),
+        "unrelated_caption": (predicted, other_text, "predicted image embedding and another sample's text"),
+        "unrelated_images": (image, other_image, "true image embedding and another sample's"),
     }
-    return {name: _cosine(name, a, b, meaning) for name, (a, b, meaning) in pairs.items()}
+    found = {name: _cosine(name, a, b, meaning) for name, (a, b, meaning) in pairs.items()}
+    gap = clip_score(predicted, text).per_sample - clip_score(text, image).per_sample
+    found["difference_from_baseline"] = _score(
+        "difference_from_baseline",
+        float(gap.mean()),
+        *mean_interval(gap),
+        len(gap),
+        "lower",
+        "to_text less text_baseline; near 0 is right",
+    )
+    return found
 
 
 def fid_score(reference: Moments, fake: np.ndarray) -> Score:

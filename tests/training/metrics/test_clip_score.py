@@ -32,3 +32,11 @@ def test_what_has_no_cosine_is_refused():
         clip_score(ones, np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]))
     with pytest.raises(ValueError, match="sample 2 hold NaN"):
         clip_score(np.where(np.arange(3)[:, None] == 2, np.nan, ones), ones)
+
+
+def test_the_two_printed_scales_clip_at_zero_before_and_after_the_mean():
+    score = clip_score(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [-0.6, 0.8]]))
+    assert score.mean == pytest.approx(0.2)
+    assert score.times_100 == pytest.approx(20.0)
+    assert score.times_2_5 == pytest.approx(1.25)
+    assert clip_score(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])).times_100 == 0.0

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from training.metrics.frechet import frechet_distance
+from training.metrics.frechet import Gaussian, frechet_distance
 from training.metrics.moments import Moments, moments_of, without
 
 
@@ -134,3 +134,23 @@ def test_what_cannot_be_compared_is_refused():
         frechet_distance(moments_of(np.zeros((5, 3))), moments_of(np.zeros((5, 4))))
     with pytest.raises(ValueError, match="at least 2 samples"):
         frechet_distance(moments_of(np.zeros((1, 3))), moments_of(np.zeros((5, 3))))
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 40), (30, 900), (900, 30), (2, 2)])
+def test_rows_at_hand_replace_eigenvectors_where_they_are_few(n, m):
+    x, y = draw(n, 64, seed=8), draw(m, 64, seed=9) + 1.0
+    result = frechet_distance(Gaussian.fitted(x), Gaussian.fitted(y))
+    by_moments = frechet_distance(moments_of(x), moments_of(y))
+    assert result.diagnostics.method == "gram"
+    assert result.diagnostics.rank == by_moments.diagnostics.rank
+    assert result.value == pytest.approx(by_moments.value, rel=1e-11)
+    rough = frechet_distance(Gaussian.fitted(x), Gaussian.fitted(y), exact=False)
+    assert rough.value == pytest.approx(result.value, rel=1e-6)
+
+
+def test_a_reference_of_unknown_size_is_taken_for_a_whole_population():
+    cov = moments_of(draw(500, 20, seed=3)).covariance
+    reference = Gaussian(np.zeros(20), cov, n=None)
+    result = frechet_distance(reference, moments_of(draw(500, 20, seed=4)))
+    assert result.diagnostics.num_samples == (None, 500)
+    assert not result.diagnostics.undersampled

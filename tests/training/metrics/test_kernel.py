@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from training.metrics import kernel
-from training.metrics.kernel import cmmd, kid
+from training.metrics.intervals import jackknife_interval
+from training.metrics.kernel import cmmd, kid, kid_of_subsets
 
 
 def unit_rows(n: int, width: int, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -49,13 +50,13 @@ def test_cmmd_is_its_definition_in_both_estimators():
 @pytest.mark.usefixtures("tile")
 def test_kid_is_its_definition():
     x, y = unit_rows(31, 16, 2) * 4, unit_rows(24, 16, 3, shift=0.2) * 4
-    assert kid(x, y) == pytest.approx(looped_mmd(cubic, x, y)[0], rel=1e-11)
+    assert kid(x, y).value == pytest.approx(looped_mmd(cubic, x, y)[0], rel=1e-11)
 
 
 def test_cmmd_keeps_its_digits_where_the_kernel_is_almost_one():
-    # Two pairs of points a step h apart along one axis: the biased MMD^2 is 2 - 2 exp(-h^2 / 200) for a split by side.
+    # Two sets of points a step h apart along one axis: the biased MMD^2 is 2 - 2 exp(-h^2 / 200) for a split by side.
     h = 1e-6
-    x, y = np.zeros((2, 3)), np.zeros((2, 3))
+    x, y = np.zeros((3, 3)), np.zeros((3, 3))
     y[:, 0] = h
     assert cmmd(x, y).biased == pytest.approx(-2000 * math.expm1(-(h**2) / 200), rel=1e-12)
     assert cmmd(x, y).unbiased == pytest.approx(cmmd(x, y).biased, rel=1e-12)
@@ -76,7 +77,7 @@ def test_only_the_unbiased_form_is_centred_for_equal_distributions():
 def test_kernel_distances_ignore_the_order_of_samples():
     x, y = unit_rows(30, 8, 5), unit_rows(30, 8, 6)
     assert cmmd(x[::-1], y).unbiased == pytest.approx(cmmd(x, y).unbiased, rel=1e-10)
-    assert kid(x, y[::-1]) == pytest.approx(kid(x, y), rel=1e-10)
+    assert kid(x, y[::-1]).value == pytest.approx(kid(x, y).value, rel=1e-10)
 
 
 @pytest.mark.parametrize("metric", [cmmd, kid])
@@ -88,3 +89,30 @@ def test_what_cannot_be_compared_is_refused(metric):
         metric(x, x[:, :3])
     with pytest.raises(ValueError, match="sample 2 hold"):
         metric(x, np.where(np.arange(5)[:, None] == 2, np.nan, x))
+
+
+@pytest.mark.usefixtures("tile")
+def test_intervals_from_block_sums_are_the_jackknife_that_computes_the_kernel_anew():
+    x, y = unit_rows(31, 16, 2), unit_rows(37, 16, 3, shift=0.2)
+    for found, interval in ((cmmd(x, y).interval, "unbiased"), (cmmd(x, y).biased_interval, "biased")):
+        again = jackknife_interval(
+            lambda kept, interval=interval: getattr(cmmd(x, y[kept]), interval), 37, max_blocks=16
+        )
+        assert found == pytest.approx(again, rel=1e-8)
+    again = jackknife_interval(lambda kept: kid(x, y[kept]).value, 37, max_blocks=16)
+    assert kid(x, y).interval == pytest.approx(again, rel=1e-8)
+
+
+def test_kid_of_subsets_is_the_mean_over_the_drawn_subsets():
+    x, y = unit_rows(60, 8, 4) * 3, unit_rows(70, 8, 5, shift=0.3) * 3
+    generator = np.random.RandomState(7)
+    values = []
+    for _ in range(5):
+        fake, real = generator.choice(70, 20, replace=False), generator.choice(60, 20, replace=False)
+        values.append(kid(x[real], y[fake]).value)
+    found = kid_of_subsets(x, y, subsets=5, size=20, seed=7)
+    assert (found.mean, found.std) == pytest.approx((np.mean(values), np.std(values)))
+    low, high = found.interval
+    assert low < found.mean < high
+    with pytest.raises(ValueError, match="subsets of 1000 needs that many"):
+        kid_of_subsets(x, y)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from training.metrics.reconstruction import psnr
+from training.metrics.reconstruction import psnr, ssim
 
 
 def test_it_is_the_decibels_of_the_squared_range_over_the_mean_squared_error():
@@ -47,3 +47,33 @@ def test_originals_and_reconstructions_must_pair_up():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="do not pair up"):
         psnr(images, images[:1])
+
+
+def test_ssim_is_its_formula_under_a_gaussian_window():
+    rng = np.random.default_rng(0)
+    original = rng.integers(0, 256, (1, 13, 12, 3), np.uint8)
+    copy = np.clip(original + rng.normal(0, 20, original.shape), 0, 255).astype(np.uint8)
+    taps = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = np.outer(taps, taps) / taps.sum() ** 2
+    found = []
+    for row, column, channel in np.ndindex(3, 2, 3):
+        x, y = (
+            image[0, row : row + 11, column : column + 11, channel].astype(float)
+            for image in (original, copy)
+        )
+        mean_x, mean_y = (window * x).sum(), (window * y).sum()
+        var_x, var_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
+        covariance = (window * (x - mean_x) * (y - mean_y)).sum()
+        found.append(
+            (2 * mean_x * mean_y + 6.5025)
+            * (2 * covariance + 58.5225)
+            / ((mean_x**2 + mean_y**2 + 6.5025) * (var_x + var_y + 58.5225))
+        )
+    assert ssim(original, copy).mean == pytest.approx(np.mean(found), rel=1e-9)
+
+
+def test_a_copy_has_ssim_one_and_small_pictures_are_refused():
+    images = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    assert ssim(images, images).per_image.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="at least 11 pixels a side, got 16x10"):
+        ssim(images[:, :10], images[:, :10])
