@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   darkroom run demo --data ~/pictures                your own folder: metadata.jsonl, or NAME.jpg beside NAME.txt
   darkroom prepare ~/pictures --set clip.pretrained=runs/store/clip/…
   darkroom generate latest "a large red star in the centre of a white background"
+  darkroom score --real photos --fake generated --extractor clip=runs/store/clip/…
 
 exit codes: 0 done, 1 failed, 2 wrong input. Rerunning the same command resumes; finished work is never redone.
 """
@@ -119,6 +120,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _evaluation_commands(commands: Any) -> None:
+    score = _command(
+        commands, "score", _score, "measure a folder of generated pictures against real ones; needs no run"
+    )
+    score.add_argument(
+        "--real", required=True, metavar="DIR|NPZ", help="folder of real pictures, or a statistics file"
+    )
+    score.add_argument("--fake", required=True, metavar="DIR", help="folder of generated pictures")
+    score.add_argument(
+        "--metrics", default="", metavar="A,B", help="default: all common ones that the extractors allow"
+    )
+    score.add_argument(
+        "--extractor",
+        action="append",
+        default=[],
+        metavar="NAME[:custom]=PATH",
+        help="inception=FILE.pth, clip=FOLDER, dinov2=FOLDER; inception:custom= for other weights; repeatable",
+    )
+    score.add_argument("--save-real", metavar="NPZ", help="keep what --real gave, for --real NPZ next time")
+    score.add_argument("--json", action="store_true", help="one JSON line on stdout")
     evaluate = _command(
         commands, "evaluate", _evaluate, "evaluate a finished run at several settings of its sampler"
     )
@@ -294,6 +314,37 @@ def _generate(arguments: argparse.Namespace) -> int:
     for path in paths:
         console.out.print(str(path), soft_wrap=True, markup=False)
     return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from flows import console
+    from flows.scoring import score
+
+    console.set_up_logging(verbose=False)
+    wanted = [name for name in arguments.metrics.replace(" ", "").split(",") if name]
+    with console.quiet_stdout(), console.Bars() as bars:
+        found = score(
+            arguments.real,
+            arguments.fake,
+            wanted,
+            arguments.extractor,
+            arguments.save_real,
+            lambda side, done, total: bars.show(side, done, total, "pictures"),
+        )
+    for warning in found["warnings"]:
+        console.log.warning("%s", warning)
+    if arguments.json:
+        _emit(found)
+        return 0
+    console.out.print(console.scores_table(found["scores"]))
+    for line in dict.fromkeys(map(_protocol_line, found["scores"])):
+        console.out.print(line, soft_wrap=True, markup=False)
+    return 0
+
+
+def _protocol_line(score: dict[str, Any]) -> str:
+    protocol = score["protocol"]
+    return f"{protocol['extractor']} {protocol['extractor_digest'][:12]}, resize: {protocol['resize']}"
 
 
 def _verify(arguments: argparse.Namespace) -> int:

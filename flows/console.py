@@ -219,6 +219,12 @@ class Bars:
         if not err.is_terminal:
             log.info("%-9s starts", stage)
 
+    def show(self, stage: str, done: float, total: float, unit: str) -> None:
+        """As `update`, of a stage that may not have begun."""
+        if stage not in self._tasks:
+            self.start(stage)
+        self.update(stage, done, total, unit, "")
+
     def update(self, stage: str, done: float, total: float, unit: str, note: str) -> None:
         """`done` of `total` `unit`s are finished."""
         count = f"{done:,.0f}/{total:,.0f} {unit}"

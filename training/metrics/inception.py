@@ -9,12 +9,16 @@ Legend: B pictures, H W pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models import inception
@@ -27,6 +31,9 @@ SIDE = 299
 WIDTH = 2048
 MICRO_BATCH = 16
 """Pictures per forward pass, the last one padded: kernels are chosen by batch size, and with them the last bits."""
+
+Resize = Literal["tf1", "clean"]
+"""The published conventions: bilinear as in TensorFlow 1, or Pillow's bicubic on floats. They are two metrics."""
 
 
 class FidInceptionA(inception.InceptionA):
@@ -99,6 +106,8 @@ def build_inception() -> inception.Inception3:
 def load_inception(path: str | Path, expect_sha256: str | None = WEIGHTS_SHA256) -> nn.Module:
     """The feature network in evaluation mode, on the CPU, mapping normalised (B, 3, 299, 299) to (B, 2048) float32.
 
+    In channels-last layout, which is a third faster on a CPU. Its `head` (1008, 2048) are the weights of the last layer.
+
     `path` is a local .pth (tensors only) or .safetensors. `expect_sha256` is the file's digest in hex; None accepts any
     weights that fit. Raises FileNotFoundError, and ValueError when the digest or the tensors are not what is expected.
     """
@@ -118,26 +127,42 @@ def load_inception(path: str | Path, expect_sha256: str | None = WEIGHTS_SHA256)
             f"{path} does not fit the FID Inception v3 with 1008 classes (torchvision's ImageNet weights do not either): "
             f"use {WEIGHTS_FILE}. {' '.join(str(error).split())[:300]}"
         ) from error
+    model.register_buffer("head", model.fc.weight.detach(), persistent=False)
     model.register_module("fc", nn.Identity())
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def features(model: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features (B, 2048) float32, on the model's device, of `images` (B, 3, H, W) uint8, RGB, 0 to 255.
+def features(model: nn.Module, images: Tensor | Sequence[Tensor], resize: Resize = "tf1") -> Tensor:
+    """Pooled features (B, 2048) float32, on the model's device, of `images` uint8, RGB, 0 to 255: (B, 3, H, W), or a sequence
+    of (3, H, W) of any sizes.
 
-    Resized by `resize_tf1`, normalised to (x - 128) / 128, in padded micro-batches of 16, so that row i depends on image i
-    only. Raises ValueError for another dtype or shape: a float taken for 0 to 255 would give a number and no error.
+    Each picture is resized alone, by `resize_tf1` or `resize_clean`, normalised to (x - 128) / 128, and goes through in
+    padded micro-batches of 16, so that row i depends on image i only. Raises ValueError for another dtype or shape: a float
+    taken for 0 to 255 would give a number and no error.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
-        raise ValueError(
-            f"images must be a non-empty uint8 tensor (B, 3, H, W) with values 0 to 255, "
-            f"got {images.dtype} {tuple(images.shape)}"
-        )
+    if len(images) == 0:
+        raise ValueError("images must be a non-empty uint8 tensor (B, 3, H, W), got none")
+    for image in [images] if isinstance(images, Tensor) else [picture[None] for picture in images]:
+        _require_pictures(image)
     device = next(model.parameters()).device
     # cuDNN convolves in TF32 by default, which keeps ten bits of each weight: too few for features that are compared.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        return torch.cat([_micro_batch(model, chunk.to(device)) for chunk in images.split(MICRO_BATCH)])
+        starts = range(0, len(images), MICRO_BATCH)
+        return torch.cat(
+            [_micro_batch(model, images[at : at + MICRO_BATCH], resize, device) for at in starts]
+        )
+
+
+def resize_clean(images: Tensor, side: int = SIDE) -> Tensor:
+    """(B, 3, side, side) float32, 0 to 255 and not rounded: Pillow's antialiased bicubic per channel of floats, clipped
+    (Parmar, Zhang & Zhu 2022, "On aliased resizing")."""
+    resized = [
+        np.asarray(Image.fromarray(channel.numpy()).resize((side, side), Image.Resampling.BICUBIC))
+        for channel in images.cpu().float().flatten(0, 1)
+    ]
+    whole = torch.from_numpy(np.stack(resized)).unflatten(0, (len(images), 3))
+    return whole.clamp(0.0, 255.0).to(images.device)
 
 
 def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
@@ -153,10 +178,25 @@ def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
     return _blend(rows[..., upper, :], rows[..., lower, :], weight[:, None])
 
 
-def _micro_batch(model: nn.Module, images: Tensor) -> Tensor:
-    missing = MICRO_BATCH - len(images)
-    padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
-    return model((resize_tf1(padded) - 128.0) / 128.0)[: len(images)]
+def _micro_batch(
+    model: nn.Module, images: Tensor | Sequence[Tensor], resize: Resize, device: torch.device
+) -> Tensor:
+    resized = {"tf1": resize_tf1, "clean": resize_clean}[resize]
+    if isinstance(images, Tensor):
+        pixels = resized(images.to(device))
+    else:
+        pixels = torch.cat([resized(image[None].to(device)) for image in images])
+    padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, MICRO_BATCH - len(pixels)))
+    normalised = ((padded - 128.0) / 128.0).contiguous(memory_format=torch.channels_last)
+    return model(normalised)[: len(images)]
+
+
+def _require_pictures(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(
+            f"images must be a non-empty uint8 tensor (B, 3, H, W) with values 0 to 255, "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
 
 
 def _tf1_taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

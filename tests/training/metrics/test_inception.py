@@ -1,8 +1,10 @@
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.inception import InceptionE
@@ -15,6 +17,7 @@ from training.metrics.inception import (
     build_inception,
     features,
     load_inception,
+    resize_clean,
     resize_tf1,
 )
 
@@ -174,3 +177,31 @@ def test_the_tf1_resize_keeps_pictures_of_the_networks_size_and_is_not_the_half_
     small = pictures(2, 32, 32)
     modern = F.interpolate(small.float(), size=(299, 299), mode="bilinear", align_corners=False)
     assert (resize_tf1(small) - modern).abs().max() > 10
+
+
+@pytest.mark.slow
+def test_pictures_of_mixed_sizes_are_resized_alone_and_the_two_conventions_differ(model):
+    images = [pictures(1, side, side)[0] for side in (8, 20)]
+    mixed = features(model, images)
+    assert torch.equal(mixed[1], features(model, images[1][None])[0])
+    assert not torch.allclose(mixed, features(model, images, "clean"))
+    assert model.head.shape == (1008, 2048)
+
+
+def test_the_clean_resize_is_pillows_bicubic_of_floats():
+    image = pictures(1, 13, 17)
+    found = resize_clean(image, 9)
+    for channel in range(3):
+        layer = Image.fromarray(image[0, channel].numpy().astype(np.float32))
+        expected = np.asarray(layer.resize((9, 9), Image.Resampling.BICUBIC)).clip(0, 255)
+        assert np.array_equal(found[0, channel].numpy(), expected)
+    assert not torch.equal(found, found.round())
+    assert torch.equal(resize_clean(pictures(1, 299, 299)), pictures(1, 299, 299).float())
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_pictures_in_unit_ranges_are_an_error_and_never_wrapped(low):
+    images = pictures(2, 8, 8).float() / 255 * (1 - low) + low
+    for given in (images, list(images)):
+        with pytest.raises(ValueError, match=r"got torch\.float32"):
+            features(nn.Identity(), given)

@@ -1,0 +1,246 @@
+"""`darkroom score`: two sets of pictures, or one and published statistics -> every metric with its interval and protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import storage
+from data.errors import UserError
+from training.metrics import references
+from training.metrics.catalogue import METRICS, Sample
+from training.metrics.extraction import extract, extract_arrays, picture_files, require_finite_rows
+from training.metrics.extractors import WEIGHTS, Extractor, load, parse
+from training.metrics.frechet import Gaussian
+from training.metrics.protocol import Protocol
+
+Report = Callable[[str, int, int], None]
+"""(which side, pictures done, pictures in all)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One set of pictures, as far as it is known."""
+
+    digest: str
+    """SHA-256 over the pictures' bytes in order, or of the statistics file."""
+    n: int | None
+    features: dict[str, np.ndarray]
+    gaussians: dict[str, Gaussian]
+    sizes: frozenset[tuple[int, int]] = frozenset()
+
+
+def score(
+    real: str, fake: str, wanted: Sequence[str], specs: Sequence[str], save_real: str | None, report: Report
+) -> dict[str, Any]:
+    """{"real", "fake", "scores": [{name, value, low, high, n, better, meaning, protocol}], "warnings": [sentence]}.
+
+    `wanted` metrics, or all that the extractors allow; `specs` as `--extractor` has them. Raises UserError for what the user
+    has to mend: folders without pictures, missing weights, statistics of another extractor, features that are not finite.
+    """
+    given = parse(specs)
+    files = picture_files(_folder(fake, "--fake"))
+    captions = _captions(files)
+    names = _chosen(wanted, given, has_captions=captions is not None)
+    extractors = _loaded(names, given)
+    if save_real and len(extractors) != 1:
+        raise UserError("--save-real keeps the features of one extractor: choose metrics of a single one")
+    warnings: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="darkroom-score-") as scratch:
+        reference = _reference(real, extractors, Path(scratch), report)
+        names = _possible(names, reference, real, bool(wanted), warnings)
+        (Path(scratch) / "fake").mkdir()
+        seen = extract(files, extractors, Path(scratch) / "fake", lambda *n: report("fake", *n))
+        generated = Side(_digest(files), len(files), seen.features, {}, seen.sizes)
+        for where, side in ((real, reference), (fake, generated)):
+            warnings += _mixed_sizes(where, side)
+        if save_real:
+            only = extractors[0]
+            references.write_reference(save_real, only, reference.features[only.name], reference.digest)
+        scores = []
+        for extractor in extractors:
+            mine = [name for name in names if METRICS[name].extractor == extractor.name]
+            texts = extractor.text(captions) if captions and extractor.text else None
+            sample = _sample(extractor, reference, generated, texts)
+            warnings += _few(sample, extractor)
+            scores += [_score(name, sample, extractor, reference, generated) for name in mine]
+    return {"real": real, "fake": fake, "scores": scores, "warnings": list(dict.fromkeys(warnings))}
+
+
+def _chosen(wanted: Sequence[str], given: dict[str, tuple[str, bool]], *, has_captions: bool) -> list[str]:
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown:
+        raise UserError(
+            f"--metrics {', '.join(unknown)}: there is no such metric; there are {', '.join(METRICS)}"
+        )
+    if wanted:
+        missing = {_weights_of(name) for name in wanted} - set(given)
+        if missing:
+            lacking = "; ".join(f"--extractor {name}=PATH, {WEIGHTS[name]}" for name in sorted(missing))
+            raise UserError(
+                f"--metrics {','.join(wanted)}: weights are missing, and none are downloaded: {lacking}"
+            )
+        if not has_captions and (texts := [n for n in wanted if METRICS[n].needs == "text"]):
+            raise UserError(
+                f"--metrics {', '.join(texts)}: needs a caption NAME.txt beside every picture of --fake"
+            )
+        return list(dict.fromkeys(wanted))
+    if not given:
+        lines = [
+            f"--extractor {name}=PATH ({what}) gives {_names_of(name)}" for name, what in WEIGHTS.items()
+        ]
+        raise UserError(
+            "nothing to look at the pictures with, and no weights are downloaded:\n  " + "\n  ".join(lines)
+        )
+    allowed = [name for name, metric in METRICS.items() if metric.by_default and _weights_of(name) in given]
+    return [name for name in allowed if has_captions or METRICS[name].needs != "text"]
+
+
+def _weights_of(metric: str) -> str:
+    return METRICS[metric].extractor.removesuffix("_clean")
+
+
+def _names_of(weights: str) -> str:
+    return ", ".join(name for name in METRICS if _weights_of(name) == weights)
+
+
+def _loaded(names: Sequence[str], given: dict[str, tuple[str, bool]]) -> list[Extractor]:
+    needed = dict.fromkeys(METRICS[name].extractor for name in names)
+    places = {name: given[name.removesuffix("_clean")] for name in needed}
+    return [load(name, path, is_custom=is_custom) for name, (path, is_custom) in places.items()]
+
+
+def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report: Report) -> Side:
+    (scratch / "real").mkdir()
+    if Path(real).is_dir():
+        files = picture_files(real)
+        seen = extract(files, extractors, scratch / "real", lambda *n: report("real", *n))
+        return Side(_digest(files), len(files), seen.features, {}, seen.sizes)
+    if not Path(real).is_file():
+        raise UserError(
+            f"--real {real} does not exist: give a folder of pictures or a statistics file (.npz)"
+        )
+    side = Side(storage.sha256(real)[1], None, {}, {})
+    for extractor in extractors:
+        found = references.read_reference(real, extractor.name)
+        if found.images is not None:
+            seen = extract_arrays(found.images, extractors, scratch / "real", lambda *n: report("real", *n))
+            return replace(side, n=len(found.images), features=seen.features)
+        references.require_match(found, extractor)
+        if found.features is not None:
+            require_finite_rows(found.features, real)
+            side.features[extractor.name] = found.features
+        if found.gaussian is not None:
+            side.gaussians[extractor.name] = found.gaussian
+            side = replace(side, n=found.gaussian.n)
+    return side
+
+
+def _sample(extractor: Extractor, reference: Side, generated: Side, text: np.ndarray | None) -> Sample:
+    name = extractor.name
+    real, fake = reference.features.get(name), generated.features[name]
+    gaussian = reference.gaussians.get(name)
+    if gaussian is None and real is not None:
+        gaussian = Gaussian.fitted(real)
+    if gaussian is not None and len(gaussian.mean) != fake.shape[1]:
+        raise UserError(
+            f"the statistics of --real have width {len(gaussian.mean)}, and {name} gives {fake.shape[1]}: "
+            "they are of another extractor"
+        )
+    return Sample(fake, gaussian, real, text, extractor.head)
+
+
+def _possible(
+    names: list[str], reference: Side, real: str, is_wanted: bool, warnings: list[str]
+) -> list[str]:
+    """Without the metrics that need features of single real pictures, where a file has moments alone."""
+    lost = [n for n in names if METRICS[n].needs == "real" and METRICS[n].extractor not in reference.features]
+    if lost and is_wanted:
+        raise UserError(
+            f"--metrics {', '.join(lost)}: {real} has a mean and a covariance and no features of single pictures: "
+            "give the folder of pictures"
+        )
+    if lost:
+        warnings.append(f"{real} has no features of single pictures, so there is no {', '.join(lost)}")
+    return [name for name in names if name not in lost]
+
+
+def _score(
+    name: str, sample: Sample, extractor: Extractor, reference: Side, generated: Side
+) -> dict[str, Any]:
+    metric = METRICS[name]
+    try:
+        found = metric.compute(sample)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    uses_reference = metric.needs in ("reference", "real")
+    protocol = Protocol(
+        metric=name,
+        settings=metric.settings,
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        resize=extractor.resize,
+        n=len(sample.fake),
+        reference=reference.digest if uses_reference else "",
+        reference_n=(reference.n or 0) if uses_reference else 0,
+        weights={"images": generated.digest},
+    )
+    return {
+        "name": name,
+        "value": found.value,
+        "low": found.interval[0],
+        "high": found.interval[1],
+        "n": len(sample.fake),
+        "better": metric.better,
+        "meaning": f"{metric.meaning}; {found.note}" if found.note else metric.meaning,
+        "protocol": protocol.model_dump(mode="json") | {"digest": protocol.digest},
+    }
+
+
+def _few(sample: Sample, extractor: Extractor) -> list[str]:
+    width = sample.fake.shape[1]
+    counts = [len(sample.fake), *([sample.reference.n] if sample.reference and sample.reference.n else [])]
+    if min(counts) > width:
+        return []
+    return [
+        f"{min(counts)} images for the {width} dimensions of {extractor.name}: its Fréchet distances are mostly bias; compare "
+        "them only at equal numbers of images, and take more"
+    ]
+
+
+def _mixed_sizes(where: str, side: Side) -> list[str]:
+    if len(side.sizes) < 2:
+        return []
+    (w, h), (wide, high) = min(side.sizes), max(side.sizes)
+    return [
+        f"{where} has pictures of {len(side.sizes)} sizes, {w}x{h} to {wide}x{high}: each is resized alone, which is right "
+        "only if the other side was made in the same way"
+    ]
+
+
+def _captions(files: Sequence[Path]) -> list[str] | None:
+    """The captions beside the pictures, or None where one is missing."""
+    texts = [file.with_suffix(".txt") for file in files]
+    if not all(text.is_file() for text in texts):
+        return None
+    return [text.read_text("utf-8", "replace").strip() for text in texts]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(bytes.fromhex(storage.sha256(str(file))[1]))
+    return digest.hexdigest()
+
+
+def _folder(path: str, option: str) -> str:
+    if not Path(path).is_dir():
+        what = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{option} {path} {what}: give a folder of pictures")
+    return path

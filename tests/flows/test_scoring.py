@@ -1,0 +1,232 @@
+"""`darkroom score` on folders of pictures, with random weights: what is said, what is refused, and no network."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import Dinov2Config, Dinov2Model
+
+from flows import cli
+
+CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A CLIP of random weights that tells pictures apart."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**CLIP)
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CLIP, "preprocess_cfg": {"size": 16}})
+    )
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def draw(
+    folder: Path, count: int, seed: int, *, sides: tuple[int, ...] = (20,), captions: bool = False
+) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        side = sides[number % len(sides)]
+        pixels = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-60, 60, (side, side, 3))
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{number:04d}.png")
+        if captions:
+            (folder / f"{number:04d}.txt").write_text(f"picture {number}")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    return draw(tmp_path / "real", 40, 0), draw(tmp_path / "fake", 36, 1)
+
+
+Scores = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def scores(capsys) -> Scores:
+    def run(*line: object) -> dict[str, Any]:
+        assert cli.main(["score", "--json", *map(str, line)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1
+        document = json.loads(printed)
+        return {"warnings": document["warnings"]} | {score["name"]: score for score in document["scores"]}
+
+    return run
+
+
+@pytest.fixture
+def complaint(capsys) -> Callable[..., str]:
+    def run(*line: object) -> str:
+        assert cli.main(["score", *map(str, line)]) == 2
+        printed = capsys.readouterr()
+        said = printed.err[printed.err.index("darkroom: ") :]
+        assert "Traceback" not in said and not printed.out
+        return said
+
+    return run
+
+
+def test_two_folders_and_a_clip_give_values_intervals_and_a_protocol(folders, clip, scores, monkeypatch):
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    found = scores("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={clip}")
+    assert found.keys() == {"warnings", "fd_clip", "cmmd"}
+    for name in ("fd_clip", "cmmd"):
+        score = found[name]
+        assert score["low"] <= score["value"] <= score["high"] and score["n"] == 36
+        assert score["protocol"]["reference_n"] == 40 and len(score["protocol"]["extractor_digest"]) == 64
+        assert score["protocol"]["metric"] == name
+
+
+def test_a_folder_against_itself_is_at_no_distance_and_in_full_reach(folders, clip, scores):
+    found = scores(
+        "--real",
+        folders[0],
+        "--fake",
+        folders[0],
+        "--extractor",
+        f"clip={clip}",
+        "--metrics=fd_clip,cmmd_biased",
+    )
+    assert found["fd_clip"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert found["cmmd_biased"]["value"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_captions_beside_the_pictures_add_the_clip_score(tmp_path, clip, scores):
+    real, fake = draw(tmp_path / "real", 12, 0), draw(tmp_path / "fake", 12, 1, captions=True)
+    line = ("--real", real, "--fake", fake, "--extractor", f"clip={clip}")
+    assert -1 <= scores(*line)["clip_score"]["value"] <= 1
+    found = scores(*line, "--metrics=clip_score,clip_score_x100,clip_score_x2.5,caption_recall_10")
+    assert found["clip_score_x100"]["value"] == pytest.approx(100 * max(found["clip_score"]["value"], 0))
+    assert 0 < found["caption_recall_10"]["value"] <= 1
+
+
+def test_saved_statistics_give_what_the_folder_gave(folders, clip, scores, tmp_path):
+    line = ("--fake", folders[1], "--extractor", f"clip={clip}")
+    first = scores("--real", folders[0], *line, "--save-real", tmp_path / "real.npz")
+    told = json.loads((tmp_path / "real.json").read_text())
+    assert told["extractor"] == "clip" and told["n"] == 40
+    again = scores("--real", tmp_path / "real.npz", *line)
+    for name in ("fd_clip", "cmmd"):
+        assert again[name]["value"] == pytest.approx(first[name]["value"], rel=1e-9)
+
+
+def test_a_mean_and_a_covariance_are_enough_for_a_frechet_distance(
+    folders, clip, scores, complaint, tmp_path
+):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(8), sigma=np.eye(8))
+    line = ("--real", tmp_path / "stats.npz", "--fake", folders[1], "--extractor", f"clip={clip}")
+    found = scores(*line)
+    assert (
+        found.keys() == {"warnings", "fd_clip"} and "no features of single pictures" in found["warnings"][0]
+    )
+    assert "give the folder of pictures" in complaint(*line, "--metrics=cmmd")
+
+
+def test_dinov2_is_read_from_a_folder(folders, scores, tmp_path):
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    found = scores("--real", folders[0], "--fake", folders[1], "--extractor", f"dinov2={tmp_path / 'dinov2'}")
+    assert found["fd_dinov2"]["value"] > 0 and found["fd_dinov2"]["protocol"]["resize"].startswith("bicubic")
+
+
+def test_mixed_sizes_and_few_pictures_are_said(tmp_path, clip, scores):
+    real, fake = draw(tmp_path / "real", 8, 0, sides=(20, 30)), draw(tmp_path / "fake", 6, 1)
+    said = scores("--real", real, "--fake", fake, "--extractor", f"clip={clip}")["warnings"]
+    assert any("2 sizes, 20x20 to 30x30" in line for line in said)
+    assert any("6 images for the 8 dimensions of clip" in line for line in said)
+
+
+def test_pictures_that_make_no_distribution_are_refused(folders, clip, complaint, tmp_path):
+    def refused(fake: Path) -> str:
+        return complaint("--real", folders[0], "--fake", fake, "--extractor", f"clip={clip}")
+
+    assert "does not exist" in refused(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in refused(tmp_path / "empty")
+    assert "has one picture, 0000.png" in refused(draw(tmp_path / "one", 1, 2))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no picture")
+    assert "has no pictures" in refused(tmp_path / "notes")
+    broken = draw(tmp_path / "broken", 3, 3)
+    (broken / "0001.png").write_text("<html>not found</html>")
+    assert "0001.png is no whole picture" in refused(broken)
+
+
+def test_missing_or_wrong_weights_are_refused_with_what_to_give(folders, clip, complaint, tmp_path):
+    line = ("--real", folders[0], "--fake", folders[1])
+    said = complaint(*line)
+    assert "pt_inception-2015-12-05-6726825d.pth" in said and "facebook/dinov2-large" in said
+    assert "weights are missing" in complaint(*line, "--metrics=fid", "--extractor", f"clip={clip}")
+    assert "no such metric; there are fid," in complaint(*line, "--metrics=fidd")
+    assert "needs a caption NAME.txt" in complaint(
+        *line, "--metrics=clip_score", "--extractor", f"clip={clip}"
+    )
+    (tmp_path / "weights.pth").write_text("other bytes")
+    assert "inception:custom=PATH" in complaint(*line, "--extractor", f"inception={tmp_path / 'weights.pth'}")
+    for spec in ("inception", "vgg=x", "clip:custom=x", f"clip={tmp_path / 'absent'}"):
+        assert f"--extractor {spec}" in complaint(*line, "--extractor", spec)
+    assert "holds a None and no dinov2" in complaint(
+        *line, "--extractor", f"dinov2={with_config(tmp_path / 'other')}"
+    )
+
+
+def with_config(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_features_that_are_not_finite_are_refused(folders, complaint, tmp_path):
+    torch.manual_seed(0)
+    state = open_clip.model.CLIP(**CLIP).state_dict()
+    state["visual.conv1.weight"][:] = float("nan")
+    (tmp_path / "nan").mkdir()
+    (tmp_path / "nan" / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CLIP, "preprocess_cfg": {"size": 16}})
+    )
+    save_file(state, tmp_path / "nan" / "open_clip_model.safetensors")
+    said = complaint("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={tmp_path / 'nan'}")
+    assert "clip gives NaN or infinity for" in said and "0000.png" in said
+
+
+def test_statistics_of_another_extractor_or_width_or_kind_are_refused(folders, clip, complaint, tmp_path):
+    def refused(path: Path) -> str:
+        return complaint("--real", path, "--fake", folders[1], "--extractor", f"clip={clip}")
+
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
+    assert "have width 9, and clip gives 8" in refused(tmp_path / "wide.npz")
+    np.savez(tmp_path / "told.npz", mu=np.zeros(8), sigma=np.eye(8))
+    (tmp_path / "told.json").write_text(json.dumps({"extractor": "dinov2"}))
+    assert "statistics of extractor dinov2" in refused(tmp_path / "told.npz")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    assert "has no mu and sigma, no feats and no arr_0 but weights" in refused(tmp_path / "other.npz")
+    (tmp_path / "text.npz").write_text("not an archive")
+    assert "no .npz file of plain arrays" in refused(tmp_path / "text.npz")
+    assert "does not exist" in refused(tmp_path / "absent.npz")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(print))
+    assert "it names builtins.print" in refused(tmp_path / "evil.pkl")

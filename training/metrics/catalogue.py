@@ -1,0 +1,223 @@
+"""Every metric of generated pictures against real ones, by name: from which extractor's features, and how.
+
+Legend: N real and M generated pictures, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from training.metrics import kernel, retrieval
+from training.metrics.clip_score import clip_score
+from training.metrics.extrapolation import frechet_at_infinity
+from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.inception_score import inception_score
+from training.metrics.intervals import frechet_interval, mean_interval
+from training.metrics.neighbours import DENSITY_K, PRECISION_K, Neighbours, neighbours
+
+FRECHET_BLOCKS = 16
+"""Deletions of a Fréchet distance's jackknife."""
+
+
+class Value(NamedTuple):
+    """A value and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+    note: str = ""
+    """What belongs to this very value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Features of one extractor; computed once what several metrics share."""
+
+    fake: np.ndarray
+    """(M, D)"""
+    reference: Gaussian | None = None
+    real: np.ndarray | None = None
+    """(N, D); None where a file has moments alone."""
+    text: np.ndarray | None = None
+    """(M, D) embeddings of the captions of `fake`."""
+    head: np.ndarray | None = None
+    """(C, D) weights of a classifier on the features."""
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The four measures."""
+        return neighbours(_given(self.real), self.fake)
+
+    @cached_property
+    def retrieval(self) -> retrieval.Retrieval:
+        """Ranks of captions and pictures."""
+        return retrieval.retrieval(self.fake, _given(self.text))
+
+    @cached_property
+    def cmmd(self) -> kernel.Cmmd:
+        """Both estimators."""
+        return kernel.cmmd(_given(self.real), self.fake)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a value is had."""
+
+    extractor: str
+    compute: Callable[[Sample], Value]
+    better: Literal["higher", "lower"]
+    meaning: str
+    needs: Literal["reference", "real", "text", "nothing"] = "reference"
+    """What of a sample besides the generated features."""
+    by_default: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _frechet(sample: Sample) -> Value:
+    reference = _given(sample.reference)
+    value = frechet_distance(reference, Gaussian.fitted(sample.fake)).value
+    return Value(value, frechet_interval(reference, sample.fake, max_blocks=FRECHET_BLOCKS))
+
+
+def _infinity(sample: Sample) -> Value:
+    found = frechet_at_infinity(_given(sample.reference), sample.fake)
+    return Value(
+        found.value,
+        found.interval,
+        f"residual {found.residual:.3g} over N = {found.sizes[0]} to {found.sizes[-1]}",
+    )
+
+
+def _share(name: str) -> Callable[[Sample], Value]:
+    def compute(sample: Sample) -> Value:
+        share = getattr(sample.neighbours, name)
+        return Value(share.value, share.interval)
+
+    return compute
+
+
+def _kid(sample: Sample) -> Value:
+    found = kernel.kid(_given(sample.real), sample.fake)
+    return Value(found.value, found.interval)
+
+
+def _kid_of_subsets(sample: Sample) -> Value:
+    found = kernel.kid_of_subsets(_given(sample.real), sample.fake)
+    return Value(found.mean, found.interval)
+
+
+def _inception_score(sample: Sample) -> Value:
+    found = inception_score(sample.fake, _given(sample.head))
+    return Value(found.value, found.interval)
+
+
+def _clip_score(sample: Sample) -> Value:
+    found = clip_score(sample.fake, _given(sample.text))
+    return Value(found.mean, mean_interval(found.per_sample))
+
+
+def _scaled_clip_score(factor: float) -> Callable[[Sample], Value]:
+    def compute(sample: Sample) -> Value:
+        found = clip_score(sample.fake, _given(sample.text))
+        if factor == 100.0:
+            low, high = mean_interval(found.per_sample)
+            return Value(found.times_100, (100.0 * max(low, 0.0), 100.0 * max(high, 0.0)))
+        return Value(found.times_2_5, mean_interval(2.5 * np.maximum(found.per_sample, 0.0)))
+
+    return compute
+
+
+def _recall(side: str, at: int) -> Callable[[Sample], Value]:
+    def compute(sample: Sample) -> Value:
+        hits = retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at)
+        return Value(float(hits.mean()), mean_interval(hits))
+
+    return compute
+
+
+def _given(value: Any) -> Any:
+    assert value is not None, "the caller asks only for metrics whose input is there"
+    return value
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("inception", _frechet, "lower", "Fréchet Inception distance, tf1 resize"),
+    "fid_clean": Metric(
+        "inception_clean", _frechet, "lower", "Fréchet Inception distance, clean resize", by_default=False
+    ),
+    "fid_infinity": Metric(
+        "inception", _infinity, "lower", "FID extrapolated to infinitely many images", by_default=False
+    ),
+    "kid": Metric("inception", _kid, "lower", "kernel Inception distance, all pairs", needs="real"),
+    "kid_subsets": Metric(
+        "inception",
+        _kid_of_subsets,
+        "lower",
+        "kernel Inception distance, mean of 100 subsets of 1000",
+        needs="real",
+        by_default=False,
+        settings={"subsets": 100, "size": 1000, "seed": 2020},
+    ),
+    **{
+        name: Metric("inception", _share(name), "higher", meaning, needs="real", settings={"k": k})
+        for name, k, meaning in (
+            ("precision", PRECISION_K, f"generated images among real ones, k = {PRECISION_K}, closed balls"),
+            ("recall", PRECISION_K, f"real images among generated ones, k = {PRECISION_K}, closed balls"),
+            ("density", DENSITY_K, f"real balls about a generated image, over k = {DENSITY_K}, open balls"),
+            ("coverage", DENSITY_K, f"real images with a generated one near, k = {DENSITY_K}, open balls"),
+        )
+    },
+    "inception_score": Metric(
+        "inception",
+        _inception_score,
+        "higher",
+        "Inception Score, one split",
+        needs="nothing",
+        settings={"splits": 1},
+    ),
+    "fd_clip": Metric("clip", _frechet, "lower", "Fréchet distance on CLIP features"),
+    "cmmd": Metric(
+        "clip",
+        lambda sample: Value(sample.cmmd.unbiased, sample.cmmd.interval),
+        "lower",
+        "CLIP maximum mean discrepancy, unbiased, x1000",
+        needs="real",
+    ),
+    "cmmd_biased": Metric(
+        "clip",
+        lambda sample: Value(sample.cmmd.biased, sample.cmmd.biased_interval),
+        "lower",
+        "CLIP maximum mean discrepancy as published, biased, x1000",
+        needs="real",
+        by_default=False,
+    ),
+    "clip_score": Metric("clip", _clip_score, "higher", "cosine of image and caption", needs="text"),
+    "clip_score_x100": Metric(
+        "clip", _scaled_clip_score(100.0), "higher", "100 max(mean cosine, 0)", needs="text", by_default=False
+    ),
+    "clip_score_x2.5": Metric(
+        "clip",
+        _scaled_clip_score(2.5),
+        "higher",
+        "mean of 2.5 max(cosine, 0)",
+        needs="text",
+        by_default=False,
+    ),
+    **{
+        f"{side}_recall_{at}": Metric(
+            "clip",
+            _recall(side, at),
+            "higher",
+            f"own {side} among the {at} nearest" if at > 1 else f"own {side} nearest",
+            needs="text",
+            by_default=False,
+        )
+        for side in ("caption", "picture")
+        for at in retrieval.RANKS
+    },
+    "fd_dinov2": Metric("dinov2", _frechet, "lower", "Fréchet distance on DINOv2 features"),
+}

@@ -1,0 +1,125 @@
+"""What looks at a picture: an extractor by name, from local weights, with all that its numbers depend on.
+
+inception          FID's Inception, tf1 resize      inception=pt_inception-2015-12-05-6726825d.pth
+inception_clean    the same network, clean resize   (the same weights)
+clip               a CLIP's image tower             clip=FOLDER
+dinov2             DINOv2's class token             dinov2=FOLDER
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import storage
+from data.errors import UserError
+from training.clip_encoder import ClipEncoder
+from training.distributed import device
+from training.metrics import dinov2, inception
+from training.pretrained import local_folder, weights_digest
+
+MICRO_BATCH = 16
+WEIGHTS = {
+    "inception": f"the file {inception.WEIGHTS_FILE} from the releases of pytorch-fid",
+    "clip": "a CLIP folder of open_clip or transformers, such as what a run's clip stage published",
+    "dinov2": "a folder with the files of facebook/dinov2-large from the hub",
+}
+"""What `--extractor NAME=PATH` wants, for people without it."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen network with its resize rule."""
+
+    name: str
+    digest: str
+    """SHA-256 of the weights."""
+    resize: str
+    features: Callable[[Sequence[Tensor]], Tensor]
+    """At most 16 pictures (3, H, W) uint8 -> (B, D) float32; row i depends on picture i alone."""
+    text: Callable[[Sequence[str]], np.ndarray] | None = None
+    """Captions -> (B, D) float32, where the network reads."""
+    head: np.ndarray | None = None
+    """(C, D) weights of a classifier on the features."""
+
+
+def parse(specs: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """name -> (path, whether the weights are custom), of `NAME[:custom]=PATH`. Raises UserError for anything else."""
+    found: dict[str, tuple[str, bool]] = {}
+    for spec in specs:
+        name, given, path = spec.partition("=")
+        name, _, kind = name.partition(":")
+        if (
+            not given
+            or not path
+            or name not in WEIGHTS
+            or kind not in ("", "custom")
+            or (kind and name != "inception")
+        ):
+            raise UserError(
+                f"--extractor {spec}: give NAME=PATH, where NAME is {', '.join(WEIGHTS)}, or inception:custom"
+            )
+        if name in found:
+            raise UserError(f"--extractor {name} is given twice: give each once")
+        if not Path(path).expanduser().exists():
+            raise UserError(f"--extractor {spec}: nothing lies at {path}; it wants {WEIGHTS[name]}")
+        found[name] = (str(Path(path).expanduser()), kind == "custom")
+    return found
+
+
+def load(name: str, path: str, *, is_custom: bool = False) -> Extractor:
+    """The extractor `name` with the weights at `path`, on this process's device. Raises UserError when they do not fit.
+
+    FID's Inception is refused unless it is the published file or `is_custom`, whose digest makes another protocol.
+    """
+    if name in ("inception", "inception_clean"):
+        return _inception("clean" if name == "inception_clean" else "tf1", path, is_custom)
+    if local_folder(path) is None:
+        raise UserError(f"{path} is no folder: {name} wants {WEIGHTS[name]}")
+    if name == "clip":
+        clip = ClipEncoder.load(path, device())
+        rule = f"{clip.preprocess['interpolation']}, {clip.preprocess['resize_mode']}, {clip.image_size}"
+        digest = weights_digest("clip", path)
+        return Extractor(name, digest, rule, clip.image, lambda texts: _numpy(clip.text(list(texts))[0]))
+    model = dinov2.load_dinov2(path).to(device())
+    digest = weights_digest("dinov2", path)
+    return Extractor(
+        name, digest, "bicubic antialias, squash, 224", functools.partial(dinov2.features, model)
+    )
+
+
+def _inception(resize: inception.Resize, path: str, is_custom: bool) -> Extractor:
+    try:
+        network: Any = _network(path, is_custom)
+    except ValueError as error:
+        hint = "" if is_custom else "; for other weights of this network write inception:custom=PATH"
+        raise UserError(f"{error}{hint}") from error
+    digest = storage.sha256(path)[1]
+    name = "inception" if resize == "tf1" else "inception_clean"
+    look = functools.partial(inception.features, network, resize=resize)
+    return Extractor(name, digest, resize, look, head=_numpy(network.head))
+
+
+@functools.lru_cache(maxsize=1)
+def _network(path: str, is_custom: bool) -> Any:
+    """Both conventions use one network."""
+    return inception.load_inception(path, None if is_custom else inception.WEIGHTS_SHA256).to(device())
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def pictures(images: Sequence[np.ndarray]) -> list[Tensor]:
+    """(H, W, 3) uint8 arrays as (3, H, W) tensors. Raises ValueError for any other: floats have no known range."""
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"a picture must be a uint8 array (H, W, 3), got {image.dtype} {image.shape}")
+    return [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in images]
