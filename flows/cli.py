@@ -17,6 +17,8 @@ EXAMPLES = """examples:
   darkroom plan demo --set denoiser.max_steps=3000   what that would run again, and why
   darkroom run demo --data ~/pictures                your own folder: metadata.jsonl, or NAME.jpg beside NAME.txt
   darkroom prepare ~/pictures --set clip.pretrained=runs/store/clip/…
+  darkroom evaluate latest --sweep guidance_scale=1,2,4    the trade-off of a setting, on the run's page
+  darkroom compare RUN RUN                           their scores, and the paired interval of each difference
   darkroom generate latest "a large red star in the centre of a white background"
   darkroom score --real photos --fake generated --extractor clip=runs/store/clip/…
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,15 @@ def result(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.count("\n") == 1, "with --json nothing else goes to stdout"
     return json.loads(finished.stdout)
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A finished run of untrained networks: (root, its record). Shared by every test: copy it before changing it."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import untrained
+
+    root = tmp_path_factory.mktemp("untrained")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return root, untrained.finish(untrained.plan_of(root))
