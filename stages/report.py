@@ -61,6 +61,8 @@ LABELS = {
 }
 UNITS = {"prompt_accuracy": "%", "prompt_accuracy_heldout": "%", "vae_psnr": "dB"}
 HEADLINES = {"prompt_accuracy", "prompt_accuracy_heldout", "fd_clip", "clip_score", "fid"}
+PATHS = {"source": ("path",), "evaluate": ("prompts", "inception", "reference")}
+"""Section -> fields of the recipe that name a place."""
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "ray", "prefect")
 
 
@@ -342,13 +344,13 @@ def _lineage(inputs: Inputs) -> tuple[Artifact, ...]:
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
     """The config with local paths cut to their last part: a page is passed around, its author's folders are not."""
-    source = config.get("source", {})
-    path = source.get("path")
-    return (
-        {**config, "source": {**source, "path": Path(path).name}}
-        if path and storage.is_local(path)
-        else config
-    )
+    cut = dict(config)
+    for section, fields in PATHS.items():
+        given = {name: path for name in fields if (path := config.get(section, {}).get(name))}
+        local = {name: Path(path).name for name, path in given.items() if storage.is_local(path)}
+        if local:
+            cut[section] = {**config[section], **local}
+    return cut
 
 
 def _environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from stages import charts
 from stages.charts import (
     Node,
     Series,
@@ -165,3 +166,23 @@ def test_a_parent_that_does_not_come_first_is_refused() -> None:
         nodes = [Node(name="clip", note="", parents=(parent,)), Node(name="embed", note="")]
         with pytest.raises(ValueError, match="order nodes from parents to children"):
             lineage_graph(nodes, title="t")
+
+
+def test_a_trade_off_joins_its_front_rings_its_best_and_names_every_point():
+    marks = [
+        charts.Mark(label="1", at=(0.2, 5.0)),
+        charts.Mark(label="2", at=(0.3, 3.0), joined=True, ringed=True),
+        charts.Mark(label="<8>", at=(0.5, 4.0), joined=True),
+    ]
+    svg = charts.tradeoff(marks, title="fd over guidance", x_label="CLIP score", y_label="fd_clip")
+    assert svg.count('class="ring"') == 1 and svg.count("<polyline") == 1
+    assert "&lt;8&gt;" in svg and "<8>" not in svg
+    assert svg.count('r="3.6"') == 3
+
+
+def test_a_trade_off_of_one_point_has_no_line_and_one_that_is_not_finite_is_refused():
+    alone = charts.Mark(label="2", at=(0.3, 3.0), joined=True)
+    assert "<polyline" not in charts.tradeoff([alone], title="t", x_label="x", y_label="y")
+    for marks in ([], [charts.Mark(label="2", at=(0.3, float("nan")))]):
+        with pytest.raises(ValueError, match="leave the chart out"):
+            charts.tradeoff(marks, title="t", x_label="x", y_label="y")
