@@ -14,6 +14,7 @@ from data.errors import UserError
 from data.sources import describe
 from flows.protocols import PROTOCOLS
 from flows.recipes import Recipe
+from stages import train
 from stages.catalogue import STAGES
 from stages.contract import InputRef, Stage
 from stages.evaluate import EvaluateConfig, reference_statistics
@@ -116,6 +117,7 @@ def _shard(recipe: Recipe, retry_failed: bool) -> Node:
 
 def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -> Node:
     config = getattr(recipe, name)
+    train.refuse(name, config)
     return Node(STAGES[name], config.model_copy(update={"seed": config.seed + recipe.seed}), inputs)
 
 

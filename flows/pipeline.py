@@ -12,7 +12,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from data import storage
-from stages.catalogue import run_spec
+from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
 from training.metrics.scores import Score
@@ -55,6 +55,8 @@ def pipeline(
     create_table_artifact(table=plan, key="plan", description=run)
     results = []
     with cluster(address, verbose=verbose):
+        for spec in specs:
+            check_spec(StageSpec.model_validate(spec))
         for spec in specs:
             results.append(run_stage(spec["stage"], spec))
             _publish(results[-1])

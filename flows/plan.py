@@ -14,7 +14,9 @@ from flows import lineage
 from flows.graph import Node
 from flows.lineage import Place
 from flows.recipes import Recipe
+from stages import continuation
 from stages.contract import InputRef
+from training.systems.system import TrainConfig
 
 SECTIONS = {"shard": "", "generate": "evaluate."}
 """Stage -> prefix that its config's fields have in the recipe; a stage's own name otherwise."""
@@ -123,7 +125,14 @@ def _look_up(
     grows = (
         (place.reason or "new shards") if node.stage.grows and earlier and earlier.folder == folder else ""
     )
-    reason = damage or stale or grows or _resumes(folder) or _changes(node, inputs, earlier)
+    reason = (
+        damage
+        or stale
+        or grows
+        or _resumes(folder)
+        or _continues(place, inputs, planned)
+        or _changes(node, inputs, earlier)
+    )
     seconds = _estimate(recipe, node, earlier)
     if grows and earlier and seconds is not None:
         seconds *= max(1, place.new_shards) / max(1, len(earlier.shards))
@@ -160,6 +169,21 @@ def _resumes(folder: str) -> str:
     return ""
 
 
+def _continues(place: Place, inputs: Mapping[str, InputRef], planned: Mapping[str, PlannedStage]) -> str:
+    """From where a training goes on that a shorter one has begun."""
+    node, digests = place.node, {}
+    if not isinstance(node.config, TrainConfig):
+        return ""
+    for role, ref in inputs.items():
+        made = planned[ref.stage].snapshot if not ref.external else ref.open()
+        if made is None:
+            return ""
+        digests[role] = made.digest
+    identity = continuation.trajectory(node.name, node.stage.version, node.config, digests)
+    given = continuation.donor(place.folder, node.config, identity)
+    return f"continues from step {given.step:,} of {given.artifact}" if given else ""
+
+
 def _nearest(node: Node, folder: str, inputs: Mapping[str, InputRef]) -> Snapshot | None:
     """The artifact of this stage in the store that differs least from what is wanted, the newest of equals."""
     family = folder.rsplit("/", 1)[0]
@@ -192,11 +216,13 @@ def _differences(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot) 
     )
     for path in sorted({*now, *then}):
         if now.get(path) != then.get(path):
+            anew = path == "max_steps" and now.get("schedule") == "cosine"
             what = "the source's content" if path == "source_digest" else prefix + path
             found.append(
                 f"{what} changed"
                 if path == "source_digest"
                 else f"{what} changed ({then.get(path)} → {now.get(path)})"
+                + (", and a cosine schedule depends on it: trains anew" if anew else "")
             )
     for role, ref in inputs.items():
         if role in earlier.parents and earlier.parents[role].fingerprint != ref.fingerprint:

@@ -8,7 +8,7 @@ import sys
 
 from data import storage
 from data.errors import DarkroomError
-from stages.catalogue import run_spec
+from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
 
@@ -27,6 +27,7 @@ def main() -> int:
     try:
         spec = StageSpec.model_validate_json(storage.read_bytes(arguments.spec))
         with cluster(arguments.address):
+            check_spec(spec)
             snapshot = run_spec(spec)
     except (ValueError, FileNotFoundError) as error:
         log.error("%s", error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from data.errors import UserError
 from data.lease import lease
 from data.manifest import Snapshot, load_snapshot
-from stages import embed, encode, evaluate, generate, report, shard, train
+from stages import cluster, embed, encode, evaluate, generate, report, shard, train
 from stages.contract import Progress, Stage, StageSpec, Workspace, silent
 
 STAGES: dict[str, Stage] = {
@@ -19,6 +20,16 @@ STAGES: dict[str, Stage] = {
         report.STAGE,
     )
 }
+
+
+def check_spec(spec: StageSpec) -> None:
+    """Raises UserError when the connected cluster can never run `spec`."""
+    stage, gpus = STAGES[spec.stage], cluster.num_gpus()
+    if spec.fanout.num_gpus > gpus:
+        raise UserError(
+            f"fanout.num_gpus={spec.fanout.num_gpus:g}, but the cluster has {gpus} GPUs: use at most {gpus}"
+        )
+    stage.check(stage.config.model_validate(spec.config))
 
 
 def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:

@@ -101,6 +101,8 @@ class Stage:
     """config -> columns added."""
     config: type[Config]
     run: Callable[[Any, Inputs, Workspace], Snapshot]
+    check: Callable[[Any], None] = lambda _: None
+    """Raises UserError when the connected cluster cannot run such a config: asked of every stage before the first starts."""
     grows: bool = False
     """Its artifact gains shards as its data does: its folder is named by all that made it but the data's state."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -10,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
-from data.loader import ColumnSet, batches, held_out_batches, key_at, prefetch
-from data.manifest import FileRecord, Snapshot, file_record
-from stages import cluster
+from data.loader import ColumnSet
+from data.manifest import FileRecord, Snapshot, file_record, load_snapshot
+from stages import cluster, model_card, train_worker
+from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit
-from training import distributed, loop
+from training import checkpoint, sinks
 from training.systems import clip, denoiser, prior, vae
 from training.systems.system import TrainConfig
+
+log = logging.getLogger("darkroom.train")
 
 FIT = {"clip": clip.fit, "vae": vae.fit, "prior": prior.fit, "denoiser": denoiser.fit}
 """trainable -> fit(config, columns): what the data tells a trainable before it is built."""
@@ -50,24 +51,65 @@ def training_stage(name: str) -> Stage:
         writes=lambda _: frozenset(),
         config=CONFIGS[name],
         run=lambda config, inputs, workspace: run(name, config, inputs, workspace),
+        check=lambda config: refuse_impossible(name, config),
     )
 
 
 def run(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
-    """Trains `name` on the cluster, resuming from its newest checkpoint, and commits what it published."""
+    """Trains `name` on the cluster, resuming from its newest checkpoint, and commits what it published.
+
+    Without a checkpoint of its own it goes on from that of a shorter training of the same kind, where there is one.
+    """
     started = time.monotonic()
     config = config.model_copy(update={"num_workers": _workers(config)})
-    _refuse_impossible(name, config)
-    ColumnSet(list(inputs.values()))  # a misaligned join stops here, before any worker waits in a collective
-    _fit(name, config, inputs, workspace)
+    refuse_impossible(name, config)
+    _refuse_misfit(name, config, inputs)
     folder = storage.local_path(workspace.folder)
+    identity = trajectory(
+        name, STAGES[name].version, config, {role: snapshot.digest for role, snapshot in inputs.items()}
+    )
+    _settle_checkpoints(folder / "checkpoints", config, workspace, identity)
+    _fit(name, config, inputs, workspace, identity)
     facts = json.loads((folder / "_meta" / "facts.json").read_text())
+    model_card.write(folder, name, workspace.fingerprint, config, inputs, facts)
     snapshot = commit(
         STAGES[name], config, inputs, workspace, started=started, files=_published(folder), facts=facts
     )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    shutil.rmtree(folder / "_meta" / "ray", ignore_errors=True)
+    keep_for_others(folder / "checkpoints", config)
     return snapshot
+
+
+def _refuse_misfit(name: str, config: TrainConfig, inputs: Inputs) -> None:
+    """Raises before any worker waits in a collective: columns that are missing or misaligned, too few samples."""
+    have = {column for snapshot in inputs.values() for column in snapshot.columns}
+    if missing := READS[name] - have:
+        raise UserError(
+            f"{name} reads {', '.join(sorted(missing))}, which none of its inputs has; they have {', '.join(sorted(have))}"
+        )
+    everything = len(ColumnSet(list(inputs.values())))
+    samples = everything - train_worker.held_out_samples(config, everything)
+    if samples < config.batch_size:
+        raise UserError(
+            f"{name}.batch_size={config.batch_size}, but there are only {samples} samples to train on: use at most {samples}, or more data"
+        )
+
+
+def _settle_checkpoints(folder: Path, config: TrainConfig, workspace: Workspace, identity: str) -> None:
+    """Leaves under `folder` what this training may resume from. Raises UserError for a checkpoint of another one."""
+    if load_snapshot(workspace.folder, workspace.fingerprint):
+        shutil.rmtree(folder, ignore_errors=True)  # made before, from what its inputs held then
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            checkpoint.refuse_another(path, checkpoint.read_facts(path), identity)
+            return
+        except OSError:
+            continue
+        except ValueError as error:
+            if "belongs to" in str(error):
+                raise UserError(str(error)) from error
+    if given := donor(workspace.folder, config, identity):
+        log.info("going on from step %d of %s", given.step, given.artifact)
+        adopt(given, folder)
 
 
 def _workers(config: TrainConfig) -> int:
@@ -81,20 +123,31 @@ def _workers(config: TrainConfig) -> int:
     return 2 if not cluster.num_gpus() and cluster.num_cpus() > 1 and config.batch_size % 2 == 0 else 1
 
 
-def _refuse_impossible(name: str, config: TrainConfig) -> None:
-    if config.batch_size % config.num_workers:
+def refuse(name: str, config: TrainConfig) -> None:
+    """Raises UserError for what no cluster can run."""
+    if config.num_workers and config.batch_size % config.num_workers:
+        fits = [n for n in range(1, config.num_workers) if config.batch_size % n == 0][-1]
         raise UserError(
-            f"{name}.batch_size={config.batch_size} is not a multiple of {name}.num_workers={config.num_workers}: change either"
+            f"{name}.batch_size={config.batch_size} is not a multiple of {name}.num_workers={config.num_workers}: "
+            f"change either, for example {name}.num_workers={fits}"
         )
-    if config.batch_size // config.num_workers % config.accumulate:
+    share = config.batch_size // (config.num_workers or 1)
+    if share % config.accumulate:
         raise UserError(
-            f"{name}.accumulate={config.accumulate} does not divide a worker's {config.batch_size // config.num_workers} samples "
+            f"{name}.accumulate={config.accumulate} does not divide a worker's {share} samples "
             f"of {name}.batch_size={config.batch_size}: change either"
         )
     if config.fsdp and config.num_workers == 1:
         raise UserError(
             f"{name}.fsdp shards weights over workers and needs {name}.num_workers of 2 or more; it is 1"
         )
+    sinks.require(config.log_to, f"{name}.log_to")
+
+
+def refuse_impossible(name: str, config: TrainConfig) -> None:
+    """Raises UserError for what the connected cluster cannot run."""
+    config = config.model_copy(update={"num_workers": _workers(config)})
+    refuse(name, config)
     gpus, cpus = cluster.num_gpus(), cluster.num_cpus()
     have = gpus or cpus
     if config.num_workers > have:
@@ -103,21 +156,25 @@ def _refuse_impossible(name: str, config: TrainConfig) -> None:
         )
 
 
-def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) -> None:
+def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, identity: str) -> None:
     """Runs Ray Train to its end in a thread; this thread shows progress and enforces the deadline."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    records = storage.local_path(workspace.folder).resolve() / "_meta" / "ray"
+    shutil.rmtree(records, ignore_errors=True)  # Ray refuses to go on from a truncated record of its own
+    board = ray.remote(num_cpus=0)(train_worker.Board).remote()
     trainer = TorchTrainer(
-        _worker,
+        train_worker.work,
         train_loop_config={
             "name": name,
-            "config": config.model_dump(),
+            "config": config,
+            "fit": FIT[name],
             "inputs": [(s.model_dump(), s.folder) for s in inputs.values()],
             "folder": workspace.folder,
-            "identity": workspace.fingerprint,
+            "run": f"{name}-{workspace.fingerprint}",
+            "identity": identity,
             "board": board,
         },
         scaling_config=ScalingConfig(
@@ -127,11 +184,12 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) -
         ),
         run_config=RunConfig(
             name=f"{name}-{time.time_ns():x}",  # Ray's own record of a run is never resumed from: ours is
-            storage_path=str(storage.local_path(workspace.folder).resolve() / "_meta" / "ray"),
+            storage_path=str(records),
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )
     _watch(trainer.fit, board, config, workspace)
+    shutil.rmtree(records, ignore_errors=True)
 
 
 def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: Workspace) -> None:
@@ -178,87 +236,8 @@ def _root_cause(error: BaseException) -> BaseException:
     return StageFailed(f"training failed: {type(inner).__name__}: {lines[-1]}")
 
 
-class _Board:
-    """An actor that holds the newest progress of rank 0."""
-
-    def __init__(self) -> None:
-        self.row = (-1, 0.0, 0.0)
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        self.row = (step, loss, rate)
-
-    def read(self) -> tuple[int, float, float]:
-        return self.row
-
-
-def _worker(spec: dict[str, Any]) -> None:
-    """What every training worker runs: nothing here but the plain loop, with a progress callback."""
-    name, folder, board = spec["name"], storage.local_path(spec["folder"]), spec["board"]
-    config = CONFIGS[name].model_validate(spec["config"])
-    everything = ColumnSet(
-        [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
-    )
-    columns, held = everything.split(_held_out_samples(config, len(everything)))
-    trainable = FIT[name](config, columns)
-
-    def from_step(step: int) -> Any:
-        return prefetch(
-            batches(
-                columns,
-                trainable.columns,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                first_step=step,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                device=distributed.device(),
-            )
-        )
-
-    def report(row: loop.Row) -> None:
-        if distributed.rank() == 0:
-            board.write.remote(row["step"], row["loss"], row["samples_per_second"])
-
-    def held_out() -> Any:
-        return held_out_batches(
-            held,
-            trainable.columns,
-            batch_size=config.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            device=distributed.device(),
-        )
-
-    state = loop.train(
-        trainable,
-        from_step,
-        config,
-        folder / "checkpoints",
-        identity=spec["identity"],
-        report=report,
-        key_of=lambda position: key_at(columns, config.seed, position),
-        held_out=held_out if len(held) >= distributed.world_size() else None,
-    )
-    facts = loop.publish(trainable, state, folder)
-    if distributed.rank() == 0:
-        pq.write_table(
-            pa.Table.from_pylist(state.curve or []), folder / "curve.parquet"
-        )  # its digest is part of what comes after
-        facts = {
-            **facts,
-            "max_steps": config.max_steps,
-            "final_loss": state.curve[-1]["loss"] if state.curve else None,
-        }
-        storage.write_bytes(str(folder / "_meta" / "facts.json"), json.dumps(facts).encode())
-    distributed.barrier()
-
-
-def _held_out_samples(config: TrainConfig, count: int) -> int:
-    return min(config.validation_samples, count // 10) if config.validate_every else 0
-
-
 def _published(folder: Path) -> tuple[FileRecord, ...]:
-    hidden = {"_meta", "checkpoints"}
+    hidden = {"_meta", "checkpoints", model_card.NAME}
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return tuple(file_record(str(folder), p.as_posix()) for p in paths if p.parts[0] not in hidden)
 

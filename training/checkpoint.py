@@ -1,7 +1,11 @@
-"""Training state on disk: tensors in safetensors, the rest in JSON; a checkpoint exists once its folder has its final name.
+"""Training state on disk: sharded tensors in safetensors, the rest in JSON; a checkpoint exists once its folder has its final name.
 
-checkpoints/step_00000200/    model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+checkpoints/step_00000200/    shard-0000R-….safetensors (one per rank that had something to write)  state.json
 checkpoints/LATEST            a hint; the newest folder that verifies is what counts
+
+Tensors carry the names model/…, ema/… and optimizer/…/slot and their place in the whole, so that any number of ranks
+reads what any other number wrote. Written by `torch.distributed.checkpoint`, through its safetensors storage: its own
+file system storage pickles the index.
 """
 
 from __future__ import annotations
@@ -10,15 +14,23 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
+import threading
+import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,6 +45,9 @@ from training.ema import Ema
 log = logging.getLogger("darkroom.checkpoint")
 
 KEEP = 2
+DEADLINE = timedelta(minutes=30)
+"""Longest wait for the other ranks, and for a write."""
+
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -44,45 +59,148 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Ema
     clock: int = 0
-    curve: list[dict[str, float]] | None = None
-    pending: list[float] = field(default_factory=list)
-    """Losses of the steps since the curve's last row, mean over ranks."""
+    curve: list[dict[str, Any]] | None = None
+    pending: list[tuple[float, float]] = field(default_factory=list)
+    """(loss, gradient norm) of the steps since the curve's last row, means over ranks."""
 
 
-def save(folder: Path, state: TrainState, identity: str) -> None:
-    """Commits a checkpoint of `state` under `folder`; collective: every rank calls it, rank 0 writes.
+class Saver:
+    """Commits checkpoints under `folder` while training goes on: a save copies the state, a thread writes the copy.
 
-    Replaces one of the same step: `restore` would have taken it if it had been intact.
+    At most one write is in flight: the next save, `wait` and the end of the `with` block wait for it and raise what went
+    wrong, on every rank. Kept are the newest `keep` checkpoints and the one with the lowest validation loss. Collective:
+    every rank makes one and calls it alike.
     """
-    target = folder / f"step_{state.clock:08d}"
-    model = whole_weights(state.model)
-    optimizer = get_optimizer_state_dict(state.model, state.optimizer, options=_WHOLE)
-    ema = {name: distributed.whole(tensor).cpu() for name, tensor in state.ema.state_dict().items()}
-    if distributed.rank() == 0:
-        slots = {f"{name}/{slot}": v for name, held in optimizer["state"].items() for slot, v in held.items()}
-        tensors = {"model": model, "ema": ema, "optimizer": slots}
-        progress = {"clock": state.clock, "curve": state.curve, "pending": state.pending}
-        _write(target, tensors, {"identity": identity, **progress, "groups": optimizer["param_groups"]})
-        _prune(folder, target)
-    distributed.barrier()
+
+    def __init__(
+        self, folder: Path, identity: str, *, keep: int = KEEP, max_steps: int | None = None
+    ) -> None:
+        self.folder, self.identity, self.keep, self.max_steps = folder, identity, keep, max_steps
+        is_cuda = distributed.device().type == "cuda"
+        self._stager = DefaultStager(StagingOptions(is_cuda, False, False, is_cuda))
+        self._group = dist.new_group(backend="gloo", timeout=DEADLINE) if dist.is_initialized() else None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if kind is None:
+                raise
+            log.warning("the last checkpoint was not written: %s", failure)
+        finally:
+            self._stager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Begins a checkpoint of `state`; returns once the state may change again.
+
+        Replaces one of the same step: `restore` would have taken it if it had been intact.
+        """
+        self.wait()
+        tensors, groups = _tensors(state)
+        staged = self._stager.stage(tensors)
+        facts = {
+            "identity": self.identity,
+            "clock": state.clock,
+            "max_steps": self.max_steps,
+            "curve": state.curve,
+            "pending": list(state.pending),
+            "validation_loss": _validation_loss(state.curve),
+            "groups": groups,
+        }
+        self._thread = threading.Thread(
+            target=self._run, args=(staged, facts), daemon=True, name="darkroom-checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is in flight; raises what the last write failed of."""
+        if self._thread is not None:
+            self._thread.join(DEADLINE.total_seconds())
+            if self._thread.is_alive():
+                raise TimeoutError(
+                    f"a checkpoint under {self.folder} was not written within {DEADLINE}: is the file system there?"
+                )
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _run(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        try:
+            self._write(tensors, facts)
+        except (Exception, CheckpointException) as error:
+            self._failure = _cause(error)
+
+    def _write(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        target = self.folder / f"step_{facts['clock']:08d}"
+        staging = target.with_name(f".tmp-{target.name}")
+        self._on_first_rank(lambda: _cleared(self.folder, staging))
+        _write_tensors(tensors, staging, self._group)
+        mine = sorted(staging.glob(f"shard-{distributed.rank() + 1:05d}-*"))
+        digests = self._gathered({path.name: _sha256(path) for path in mine})
+        facts["sha256"] = {name: digest for found in digests for name, digest in found.items()}
+        self._on_first_rank(lambda: _commit(target, staging, facts, self.keep))
+
+    def _on_first_rank(self, action: Any) -> None:
+        """Rank 0 does it, and all go on when it is done, or raise what it raised."""
+        failure: Exception | None = None
+        if distributed.rank() == 0:
+            try:
+                action()
+            except Exception as error:
+                failure = error
+        if failure := self._gathered(failure)[0]:
+            raise failure
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values = [None] * distributed.world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def save(folder: Path, state: TrainState, identity: str, *, keep: int = KEEP) -> None:
+    """One checkpoint of `state`, on disk when this returns. Collective."""
+    with Saver(folder, identity, keep=keep) as saver:
+        saver.save(state)
 
 
 def restore(folder: Path, state: TrainState, identity: str) -> bool:
-    """Loads the newest checkpoint under `folder` that verifies; returns whether there was one.
+    """Loads the newest checkpoint under `folder` that verifies; returns whether there was one. Collective.
 
     A damaged checkpoint is passed over with a warning; one of another `identity` (model, data or config) is an error.
     """
-    for candidate in sorted(folder.glob("step_*"), reverse=True):
+    names = distributed.gathered([path.name for path in sorted(folder.glob("step_*"), reverse=True)])[0]
+    for candidate in (folder / name for name in names):
         facts = _verified(candidate)
         if facts is None:
             continue
-        if facts["identity"] != identity:
-            raise ValueError(
-                f"{candidate} belongs to {facts['identity']}, not to {identity}: remove it or train elsewhere"
-            )
+        refuse_another(candidate, facts, identity)
         _load(candidate, state, facts)
         return True
     return False
+
+
+def refuse_another(candidate: Path, facts: dict[str, Any], identity: str) -> None:
+    """Raises ValueError when the checkpoint `candidate` with these `facts` is not of `identity`."""
+    if facts["identity"] != identity:
+        raise ValueError(
+            f"{candidate} belongs to {facts['identity']}, not to {identity}: remove it or train elsewhere"
+        )
+
+
+def read_facts(candidate: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says; raises ValueError or OSError when it is not whole."""
+    facts = json.loads((candidate / "state.json").read_text())
+    if not isinstance(facts, dict) or facts.pop("digest", None) != _digest(facts):
+        raise ValueError("state.json changed on disk")
+    return facts
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -92,63 +210,109 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def _write(target: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
-    staging = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
-    staging.mkdir(parents=True)
-    try:
-        for name, group in tensors.items():
-            save_file({k: v.contiguous() for k, v in group.items()}, staging / f"{name}.safetensors")
-        facts["sha256"] = {
-            f"{name}.safetensors": _sha256(staging / f"{name}.safetensors") for name in tensors
-        }
-        (staging / "state.json").write_text(json.dumps({**facts, "digest": _digest(facts)}))
-        _sync(staging)
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    pointer = target.with_name(f".tmp-{secrets.token_hex(6)}-LATEST")
-    pointer.write_text(target.name)
-    pointer.replace(target.with_name("LATEST"))
-
-
-def _verified(candidate: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads((candidate / "state.json").read_text())
-        if facts.pop("digest") != _digest(facts):
-            raise ValueError("state.json changed on disk")
-        damaged = [name for name, digest in facts["sha256"].items() if _sha256(candidate / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("passing over damaged checkpoint %s: %s", candidate.name, error)
-        return None
-    if damaged:
-        log.warning(
-            "passing over damaged checkpoint %s: %s changed on disk", candidate.name, ", ".join(damaged)
-        )
-        return None
-    return facts
+def _tensors(state: TrainState) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The live tensors of `state` by their names on disk, and the optimizer's groups; sharded ones stay sharded."""
+    optimizer = get_optimizer_state_dict(state.model, state.optimizer)
+    tensors = {f"model/{name}": tensor for name, tensor in get_model_state_dict(state.model).items()}
+    tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for name, held in optimizer["state"].items():
+        tensors |= {f"optimizer/{name}/{slot}": tensor for slot, tensor in held.items()}
+    return tensors, optimizer["param_groups"]
 
 
 def _load(candidate: Path, state: TrainState, facts: dict[str, Any]) -> None:
-    set_model_state_dict(state.model, load_file(candidate / "model.safetensors"), options=_WHOLE)
+    tensors, _ = _tensors(state)
+    with warnings.catch_warnings():  # that a world of one is a world of one
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(candidate)))
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for path, tensor in tensors.items():
+        part, _, name = path.partition("/")
+        parts[part][name] = tensor
+    set_model_state_dict(state.model, parts["model"])
     slots: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in load_file(candidate / "optimizer.safetensors").items():
+    for path, tensor in parts["optimizer"].items():
         name, _, slot = path.rpartition("/")
         slots.setdefault(name, {})[slot] = tensor
-    optimizer = {"state": slots, "param_groups": facts["groups"]}
-    set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=_WHOLE)
-    state.ema.load_state_dict(load_file(candidate / "ema.safetensors"))
+    set_optimizer_state_dict(state.model, state.optimizer, {"state": slots, "param_groups": facts["groups"]})
     state.clock, state.curve, state.pending = facts["clock"], facts["curve"], facts["pending"]
 
 
-def _prune(folder: Path, newest: Path) -> None:
-    steps = sorted(folder.glob("step_*"))
-    kept = [step for step in steps if step.name <= newest.name][-KEEP:]
-    for step in set(steps) - set(kept):  # what is newer than the newest was passed over as damaged
-        shutil.rmtree(step, ignore_errors=True)
+def _write_tensors(tensors: dict[str, Tensor], staging: Path, group: dist.ProcessGroup | None) -> None:
+    if group is None:  # what the storage below would write, without its warning that this is a world of one
+        name = staging / "shard-00001-model-00001-of-00001.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, name)
+        return
+    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group)
+
+
+def _commit(target: Path, staging: Path, facts: dict[str, Any], keep: int) -> None:
+    (staging / "state.json").write_text(json.dumps({**facts, "digest": _digest(facts)}))
+    _sync(staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+    pointer = target.with_name(".tmp-LATEST")
+    pointer.write_text(target.name)
+    pointer.replace(target.with_name("LATEST"))
+    _prune(target, keep)
+
+
+def _cleared(folder: Path, staging: Path) -> None:
+    """An empty `staging` under `folder`, and nothing else that a killed writer left there."""
+    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    staging.mkdir()
+
+
+def _prune(newest: Path, keep: int) -> None:
+    steps = sorted(newest.parent.glob("step_*"))
+    kept = {step for step in steps if step.name <= newest.name}  # newer ones were passed over as damaged
+    scores = {step: loss for step in kept if (loss := _score(step)) is not None}
+    best = min(scores, key=lambda step: (scores[step], step.name), default=newest)
+    kept = {*sorted(kept)[-keep:], best}
+    for step in set(steps) - kept:
+        shutil.rmtree(step, ignore_errors=True)
+
+
+def _score(candidate: Path) -> float | None:
+    try:
+        return read_facts(candidate)["validation_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _validation_loss(curve: list[dict[str, Any]] | None) -> float | None:
+    """The newest one that the curve holds."""
+    losses = [row.get("validation_loss") for row in curve or []]
+    return next((loss for loss in reversed(losses) if loss is not None), None)
+
+
+def _verified(candidate: Path) -> dict[str, Any] | None:
+    """The facts of a whole checkpoint; None, with a warning, for a damaged one. Each rank reads its share of the files."""
+    facts, problem = None, ""
+    try:
+        facts = read_facts(candidate)
+        files = sorted(facts["sha256"].items())[distributed.rank() :: distributed.world_size()]
+        if damaged := [name for name, digest in files if _sha256(candidate / name) != digest]:
+            problem = f"{', '.join(damaged)} changed on disk"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        problem = str(error) or type(error).__name__
+    problems = [found for found in distributed.gathered(problem) if found]
+    if problems and distributed.rank() == 0:
+        log.warning("passing over damaged checkpoint %s: %s", candidate.name, problems[0])
+    return None if problems else facts
+
+
+def _cause(error: BaseException) -> Exception:
+    """What a user can act on, such as a full disk, behind what `torch.distributed.checkpoint` raises."""
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
+        named = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        return named or next(iter(causes), RuntimeError(str(error)))
+    assert isinstance(error, Exception)
+    return error
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -40,25 +40,28 @@ def train(
     report: Callable[[Row], None] = lambda _: None,
     key_of: spikes.KeyOf = str,
     held_out: validation.HeldOut | None = None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the final state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
     `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
     averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
+    `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
     state = build_state(trainable, config)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
-    while state.clock < config.max_steps:
-        try:
-            _run(trainable, state, batches, config, folder, identity, report, key_of, held_out)
-            break
-        except spikes.Diverged as error:
-            if config.on_spike != "rollback":
-                raise
-            _roll_back(state, error, folder, identity)
+    with checkpoint.Saver(folder, identity, max_steps=config.max_steps) as saver:
+        while state.clock < config.max_steps:
+            try:
+                _run(trainable, state, batches, config, saver, report, key_of, held_out, preempted)
+                break
+            except spikes.Diverged as error:
+                if config.on_spike != "rollback":
+                    raise
+                _roll_back(state, error, saver)
     return state
 
 
@@ -67,11 +70,11 @@ def _run(
     state: TrainState,
     batches: Batches,
     config: TrainConfig,
-    folder: Path,
-    identity: str,
+    saver: checkpoint.Saver,
     report: Callable[[Row], None],
     key_of: spikes.KeyOf,
     held_out: validation.HeldOut | None,
+    preempted: Callable[[], bool],
 ) -> None:
     """Steps from the state's clock to the end of the batches or of training."""
     window = Window(trainable, config, state, key_of)
@@ -81,33 +84,38 @@ def _run(
         state.clock += 1
         if isinstance(network, flops.Recorded):
             window.count_flops(network, state.clock)
+        is_leaving = False
         if window.is_due(state.clock):
             since, row = window.rows_end, window.close(state)
             if held_out is not None and validation.is_due(since, state.clock, config):
                 loss = validation.validation_loss(trainable, state, config, held_out)
                 samples.write_samples(
-                    trainable, state, config, held_out, folder.with_name("_meta") / "samples"
+                    trainable, state, config, held_out, saver.folder.with_name("_meta") / "samples"
                 )
                 row |= window.validated(loss)
             report(row)
+            is_leaving = any(distributed.gathered(preempted()))
         is_last = state.clock == config.max_steps
-        if is_last or state.clock % config.checkpoint_every == 0:
+        if is_last or is_leaving or state.clock % config.checkpoint_every == 0:
             state.pending = window.look(state.clock)
             if is_last or not window.is_in_trouble:
-                checkpoint.save(folder, state, identity)
+                saver.save(state)
+        if is_leaving:
+            saver.wait()  # the place may be gone before the next step
         if is_last:
             return
 
 
-def _roll_back(state: TrainState, error: spikes.Diverged, folder: Path, identity: str) -> None:
+def _roll_back(state: TrainState, error: spikes.Diverged, saver: checkpoint.Saver) -> None:
     """Weights and optimizer of the last checkpoint, and the clock as it is: the samples since then are passed over."""
     clock = state.clock
-    if not checkpoint.restore(folder, state, identity):
+    saver.wait()
+    if not checkpoint.restore(saver.folder, state, saver.identity):
         raise error
     log.warning("%s; going on from step %d with the weights of step %d", error, clock, state.clock)
     state.curve = spikes.rolled_back(state.curve, error)
     state.clock, state.pending = clock, []
-    checkpoint.save(folder, state, identity)
+    saver.save(state)
 
 
 def build_state(trainable: Trainable, config: TrainConfig) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from flows import cli
@@ -96,6 +98,31 @@ def test_unknown_names_say_the_nearest(complaint):
     assert "the plan has no such stage; it has shard, clip" in complaint("run", "demo", "--until=sharding")
     assert "exclude each other" in complaint("run", "demo", "--until=shard", "--only=shard")
     assert "it needs embed, encode, shard, not made yet" in complaint("run", "demo", "--only=denoiser")
+
+
+def test_a_training_that_no_cluster_can_run_is_refused_by_the_plan(complaint, tmp_path):
+    assert (
+        "vae.batch_size=16 is not a multiple of vae.num_workers=3: change either, for example vae.num_workers=2"
+        in complaint("plan", "demo", "--set=vae.num_workers=3")
+    )
+    assert "prior.fsdp shards weights over workers and needs prior.num_workers of 2 or more" in complaint(
+        "run", "demo", "--set=prior.fsdp=true", "--set=prior.num_workers=1"
+    )
+    assert "wandb, mlflow, or both" in complaint("plan", "demo", "--set=clip.log_to=tensorflow")
+    if importlib.util.find_spec("wandb") is None:
+        said = complaint("run", "demo", "--set=vae.log_to=wandb")
+        assert "vae.log_to=wandb, but the Python library wandb is not installed: `pip install wandb`" in said
+    assert not (tmp_path / "root").exists(), "nothing was started"
+
+
+@pytest.mark.slow
+def test_more_devices_than_there_are_is_refused_before_the_first_stage(complaint, tmp_path):
+    many = ("--set=denoiser.num_workers=512", "--set=denoiser.batch_size=512")
+    assert "denoiser.num_workers=512, but the cluster has 0 GPUs and" in complaint("run", "demo", *many)
+    if not torch.cuda.is_available():
+        said = complaint("run", "demo", "--set=fanout.num_gpus=1")
+        assert "fanout.num_gpus=1, but the cluster has 0 GPUs" in said
+    assert not list((tmp_path / "root").glob("store/*")), "nothing was made"
 
 
 def test_a_root_that_cannot_be_one(complaint, tmp_path):

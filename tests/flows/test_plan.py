@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from data.manifest import ShardRecord, publish_receipt, snapshot_path
+from stages import continuation
+from training import checkpoint
 
 CHECKOUT = Path(__file__).parents[2]
 AFTER_DENOISER = ["denoiser", "generate", "evaluate", "report"]
@@ -69,7 +72,7 @@ def test_each_reason_names_the_path_that_a_user_would_set(plan_of, publish):
 
 def test_how_a_run_is_carried_out_is_no_part_of_its_identity(plan_of, publish):
     publish(plan_of().stages)
-    how = ("fanout.num_workers=7", "denoiser.num_workers=3", "clip.checkpoint_every=1", "vae.fsdp=true")
+    how = ("fanout.num_workers=7", "denoiser.num_workers=4", "clip.checkpoint_every=1", "vae.fsdp=true")
     assert plan_of(*how).pending == ()
 
 
@@ -101,6 +104,39 @@ def test_unfinished_work_says_where_it_resumes(plan_of):
     found = reasons(plan_of())
     assert found["shard"] == "resumes after 2 finished shards"
     assert found["clip"] == "resumes at step 1,400"
+
+
+def _checkpoint(stage, digests: dict[str, str], clock: int) -> None:
+    """A checkpoint as a training of `stage` leaves it, without its tensors."""
+    config = stage.node.config
+    identity = continuation.trajectory(stage.name, stage.node.stage.version, config, digests)
+    folder = Path(stage.folder, "checkpoints", f"step_{clock:08d}")
+    folder.mkdir(parents=True)
+    facts = {"identity": identity, "clock": clock, "max_steps": config.max_steps}
+    (folder / "state.json").write_text(json.dumps({**facts, "digest": checkpoint._digest(facts)}))
+
+
+def test_a_longer_training_with_a_constant_rate_continues_a_shorter_one(plan_of, publish):
+    constant = "vae.schedule=constant"
+    short = plan_of(constant, "vae.max_steps=300").stages
+    made = publish(short)
+    vae = next(stage for stage in short if stage.name == "vae")
+    for clock in (200, 300):
+        _checkpoint(vae, {"data": made["shard"].digest}, clock)
+    found = reasons(plan_of(constant, "vae.max_steps=500"))
+    assert found["vae"] == f"continues from step 200 of {vae.fingerprint}", (
+        "300 was its end, and closed its curve"
+    )
+    assert reasons(plan_of(constant, "vae.max_steps=150"))["vae"] == "vae.max_steps changed (300 → 150)"
+    other = reasons(plan_of(constant, "vae.max_steps=500", "vae.learning_rate=0.5"))
+    assert other["vae"].startswith("vae.learning_rate changed (")
+
+
+def test_with_a_cosine_schedule_a_longer_training_starts_anew_and_the_plan_says_why(plan_of, publish):
+    publish(plan_of("vae.max_steps=300").stages)
+    assert reasons(plan_of("vae.max_steps=500"))["vae"] == (
+        "vae.max_steps changed (300 → 500), and a cosine schedule depends on it: trains anew"
+    )
 
 
 def test_the_estimate_of_a_changed_stage_scales_the_last_timing_with_its_steps(plan_of, publish):

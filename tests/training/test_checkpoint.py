@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training import checkpoint, loop, optim
+from training import checkpoint, loop, optim, spikes
 from training.checkpoint import TrainState
 from training.ema import Ema
 from training.randomness import Draws
@@ -27,6 +28,9 @@ CHECKOUT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     max_steps=6, batch_size=4, warmup_steps=2, learning_rate=0.05, checkpoint_every=100, seed=5
 )
+
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
+"""What a single process writes its tensors to."""
 
 SAVER = """
 import sys
@@ -38,10 +42,11 @@ from training.ema import Ema
 from training.systems.system import TrainConfig
 model = nn.Linear(600, 600)
 state = checkpoint.TrainState(model, optim.build_optimizer(model, TrainConfig()), Ema(model, 0.9))
-while True:
-    state.clock += 1
-    torch.nn.init.constant_(model.weight, state.clock)
-    checkpoint.save(Path(sys.argv[1]), state, "one")
+with checkpoint.Saver(Path(sys.argv[1]), "one") as saver:
+    while True:
+        state.clock += 1
+        torch.nn.init.constant_(model.weight, state.clock)
+        saver.save(state)
 """
 
 
@@ -76,7 +81,7 @@ def _run(folder: Path, until: int, config: TrainConfig = CONFIG, identity: str =
     for batch in _batches(state.clock):
         if state.clock == until:
             break
-        loop.step(trainable, state, batch, config)
+        loop.step(trainable, state, batch, config, spikes.NO_LIMIT, state.model)
         state.clock += 1
     checkpoint.save(folder, state, identity)
     return state
@@ -114,7 +119,7 @@ def test_three_steps_and_three_after_a_restore_are_six_steps_to_the_bit(tmp_path
 
 def test_a_restored_state_is_the_saved_one(tmp_path: Path) -> None:
     saved = _run(tmp_path, 3)
-    saved.curve, saved.pending = [{"step": 3, "loss": 1 / 3}], [0.1, 1 / 7]
+    saved.curve, saved.pending = [{"step": 3, "loss": 1 / 3}], [[0.1, 2.0], [1 / 7, 3.0]]
     checkpoint.save(tmp_path, saved, "one")
     restored = loop.build_state(Regression(), CONFIG)
     assert checkpoint.restore(tmp_path, restored, "one")
@@ -134,19 +139,16 @@ def test_a_checkpoint_is_tensors_and_json_and_the_newest_two_are_kept(tmp_path: 
         _run(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000002", "step_00000004"]
     assert (tmp_path / "LATEST").read_text() == "step_00000004"
-    names = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
-    assert sorted(path.name for path in (tmp_path / "step_00000004").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "step_00000004").iterdir()) == [TENSORS, "state.json"]
+    with safe_open(tmp_path / "step_00000004" / TENSORS, "pt") as tensors:
+        kinds = {"model", "ema", "optimizer"}
+        assert {name.split("/")[0] for name in tensors.keys()} == kinds  # noqa: SIM118  no mapping
     assert json.loads((tmp_path / "step_00000004" / "state.json").read_text())["clock"] == 4
 
 
 @pytest.mark.parametrize(
     ("name", "at"),
-    [
-        ("model.safetensors", -1),
-        ("ema.safetensors", -9),
-        ("optimizer.safetensors", 200),
-        ("state.json", None),
-    ],
+    [(TENSORS, -1), (TENSORS, 200), ("state.json", None)],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, at: int | None
@@ -159,10 +161,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     state = loop.build_state(Regression(), CONFIG)
     with caplog.at_level(logging.WARNING, "darkroom.checkpoint"):
         assert checkpoint.restore(tmp_path, state, "one")
-    assert [f"passing over damaged checkpoint {path.parent.name}" in r.message for r in caplog.records] == [
-        True
-    ]
-    assert name in caplog.text
+    ours = [record.message for record in caplog.records if record.name == "darkroom.checkpoint"]
+    assert len(ours) == 1 and ours[0].startswith(
+        f"passing over damaged checkpoint {path.parent.name}: {name}"
+    )
     _assert_equal_bits(state, older)
 
 
@@ -176,15 +178,51 @@ def test_a_checkpoint_without_a_readable_state_is_passed_over(tmp_path: Path, st
     assert checkpoint.restore(tmp_path, state, "one") and state.clock == 2
 
 
+def test_the_one_with_the_lowest_validation_loss_stays_beside_the_newest(tmp_path: Path) -> None:
+    state = loop.build_state(Regression(), CONFIG)
+    for step, loss in ((1, None), (2, 0.5), (3, 0.3), (4, 0.4), (5, 0.3), (6, 0.9)):
+        state.clock = step
+        state.curve = [*(state.curve or []), {"step": step} | ({"validation_loss": loss} if loss else {})]
+        checkpoint.save(tmp_path, state, "one", keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000003", "step_00000006"]
+
+
+def test_what_is_written_is_the_state_of_the_save_and_not_of_the_steps_after_it(tmp_path: Path) -> None:
+    model = nn.Linear(1000, 1000)
+    state = TrainState(model, optim.build_optimizer(model, CONFIG), Ema(model, 0.9))
+    with checkpoint.Saver(tmp_path, "one") as saver:
+        for step in range(1, 4):
+            state.clock = step
+            nn.init.constant_(model.weight, step)
+            saver.save(state)
+            nn.init.constant_(model.weight, -1)
+            state.pending.append((9.0, 9.0))
+    assert checkpoint.restore(tmp_path, state, "one")
+    assert state.clock == 3 and torch.equal(model.weight, torch.full((1000, 1000), 3.0))
+    assert len(state.pending) == 2
+
+
+def test_a_write_that_fails_is_raised_by_the_next_save_and_by_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    state = loop.build_state(Regression(), CONFIG)
+    with pytest.raises(OSError, match="file"), checkpoint.Saver(tmp_path / "file" / "below", "one") as saver:
+        saver.save(state)
+    saver = checkpoint.Saver(tmp_path / "file" / "below", "one")
+    saver.save(state)
+    with pytest.raises(OSError, match="file"):
+        saver.save(state)
+    saver.wait()
+
+
 def test_going_on_from_an_older_checkpoint_replaces_the_damaged_ones(tmp_path: Path) -> None:
     for step in (2, 4):
         _run(tmp_path, step)
     shutil.copytree(tmp_path / "step_00000004", tmp_path / "step_00000005")
     for step in (4, 5):
-        _flip(tmp_path / f"step_0000000{step}" / "model.safetensors", -1)
+        _flip(tmp_path / f"step_0000000{step}" / TENSORS, -1)
     _run(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
-    _flip(tmp_path / "step_00000003" / "model.safetensors", -1)
+    _flip(tmp_path / "step_00000003" / TENSORS, -1)
     _run(tmp_path, 3)
     state = loop.build_state(Regression(), CONFIG)
     assert checkpoint.restore(tmp_path, state, "one") and state.clock == 3

@@ -198,6 +198,16 @@ def test_an_interrupted_run_ends_with_the_weights_and_the_curve_of_an_unbroken_o
     assert _timeless(state.curve) == _timeless(unbroken.curve) and len(state.curve or []) == 2
 
 
+def test_a_notice_that_this_place_goes_is_answered_with_a_checkpoint_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window, "LOG_EVERY", 2)
+    notices, seen = iter([False, True, False, False]), Regression()
+    config = CONFIG.model_copy(update={"checkpoint_every": 100})
+    _train(tmp_path, config, trainable=seen, last_step=5, preempted=lambda: next(notices))
+    assert len(seen.seen) == 5 and [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
+
+
 @pytest.mark.parametrize(
     ("what", "step", "problem"), [("loss", 5, "norm is nan at step 5"), ("grad", 6, "norm is nan at step 6")]
 )

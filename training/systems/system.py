@@ -94,6 +94,11 @@ class TrainConfig(Config):
         description="a gradient norm of so many times the usual one is a spike; None: only what is not finite",
     )
     max_skips: int = Field(10, ge=0, description="most steps of 1,000 that may be skipped")
+    log_to: str = operational(
+        "",
+        pattern="^((wandb|mlflow)(,(wandb|mlflow))?)?$",
+        description="services that get the metrics besides Parquet and TensorBoard: wandb, mlflow, or both with a comma",
+    )
 
 
 class Columns(Protocol):

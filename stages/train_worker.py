@@ -1,0 +1,153 @@
+"""What every training worker runs: the plain loop, with callbacks that know Ray Train."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data import storage
+from data.config import result_fields
+from data.loader import ColumnSet, batches, held_out_batches, key_at, prefetch
+from data.manifest import Snapshot
+from training import distributed, loop
+from training.checkpoint import TrainState
+from training.sinks import Sinks
+from training.systems.system import Batch, Trainable, TrainConfig
+
+
+class Board:
+    """An actor that holds the newest progress of rank 0."""
+
+    def __init__(self) -> None:
+        self.row = (-1, 0.0, 0.0)
+
+    def write(self, step: int, loss: float, rate: float) -> None:
+        """Takes the newest (step, loss, samples per second)."""
+        self.row = (step, loss, rate)
+
+    def read(self) -> tuple[int, float, float]:
+        """What was written last; step -1 before that."""
+        return self.row
+
+
+def work(spec: dict[str, Any]) -> None:
+    """Trains what `spec` says to its end, as one of the ranks; rank 0 publishes. Resumes from the newest checkpoint."""
+    folder, config = storage.local_path(spec["folder"]), spec["config"]
+    everything = ColumnSet(
+        [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
+    )
+    columns, held = everything.split(held_out_samples(config, len(everything)))
+    trainable: Trainable = spec["fit"](config, columns)
+    report, close = _reports(spec) if distributed.rank() == 0 else (lambda _: None, lambda: None)
+    state = loop.train(
+        trainable,
+        lambda step: _batches(trainable, columns, config, step),
+        config,
+        folder / "checkpoints",
+        identity=spec["identity"],
+        report=report,
+        key_of=lambda position: key_at(columns, config.seed, position),
+        held_out=_held_out(trainable, held, config),
+        preempted=_notices(),
+    )
+    close()
+    facts = loop.publish(trainable, state, folder)
+    if distributed.rank() == 0:
+        _publish_facts(folder, state, config, facts)
+    distributed.barrier()
+
+
+def _batches(trainable: Trainable, columns: ColumnSet, config: TrainConfig, step: int) -> Iterator[Batch]:
+    return prefetch(
+        batches(
+            columns,
+            trainable.columns,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            first_step=step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            device=distributed.device(),
+        )
+    )
+
+
+def held_out_samples(config: TrainConfig, count: int) -> int:
+    """How many of `count` samples are kept for validation: none without it, and never more than a tenth."""
+    return min(config.validation_samples, count // 10) if config.validate_every else 0
+
+
+def _held_out(
+    trainable: Trainable, held: ColumnSet, config: TrainConfig
+) -> Callable[[], Iterator[Batch]] | None:
+    if len(held) < distributed.world_size():
+        return None
+    return lambda: held_out_batches(
+        held,
+        trainable.columns,
+        batch_size=config.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        device=distributed.device(),
+    )
+
+
+def _reports(spec: dict[str, Any]) -> tuple[Callable[[loop.Row], None], Callable[[], None]]:
+    """What takes each row of the training, and what closes the sinks behind it."""
+    board, config = spec["board"], spec["config"]
+    kept = Sinks(
+        storage.local_path(spec["folder"]) / "_meta",
+        config.log_to,
+        run=spec["run"],
+        config=result_fields(config),
+    )
+    place = {"devices": distributed.world_size(), "device": _device_name()}
+
+    def report(row: loop.Row) -> None:
+        board.write.remote(row["step"], row["loss"], row["samples_per_second"])
+        kept.write({**row, **place})
+
+    return report, kept.close
+
+
+def _notices() -> Callable[[], bool]:
+    """Whether a node of this training was announced to go since the last call; alike on every rank, which all call it."""
+    import ray.train
+
+    answered: set[str] = set()
+
+    def preempted() -> bool:
+        info = ray.train.get_preemption_info()
+        news = set(info.preempted_node_ids) - answered if info else set()
+        answered.update(news)
+        return bool(news)
+
+    return preempted
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"CPU {model or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _publish_facts(folder: Path, state: TrainState, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """The curve, which has no times since its digest is part of what comes after, and what the snapshot says."""
+    curve = state.curve or []
+    pq.write_table(pa.Table.from_pylist(curve), folder / "curve.parquet")
+    facts = {
+        **facts,
+        "max_steps": config.max_steps,
+        "final_loss": curve[-1]["loss"] if curve else None,
+    }
+    storage.write_bytes(str(folder / "_meta" / "facts.json"), json.dumps(facts).encode())

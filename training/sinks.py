@@ -1,0 +1,160 @@
+"""Where the rows of a training go while it runs: Parquet and TensorBoard always, Weights & Biases or MLflow when asked for.
+
+A row is a flat dict with `step`; its numbers are the metrics. Only rank 0 has sinks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """One place that keeps rows."""
+
+    def write(self, row: Row) -> None:
+        """Takes one row."""
+        ...
+
+    def close(self) -> None:
+        """Nothing follows; all that was taken is safe."""
+        ...
+
+
+class ParquetSink:
+    """`metrics.parquet`, one column per metric; rows of steps that a resumed training makes again are replaced."""
+
+    WRITE_EVERY = 50
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.parquet"
+        self.rows: list[Row] = pq.read_table(self.path).to_pylist() if self.path.is_file() else []
+
+    def write(self, row: Row) -> None:
+        """Keeps the row; every fiftieth brings all of them to disk."""
+        self.rows = [kept for kept in self.rows if kept["step"] < row["step"]] + [dict(row)]
+        if len(self.rows) % self.WRITE_EVERY == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Brings all rows to disk in one step."""
+        if not self.rows:
+            return
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        columns = {name: [row.get(name) for row in self.rows] for name in names}
+        draft = self.path.with_name(f".tmp-{self.path.name}")
+        pq.write_table(pa.table(columns), draft)
+        draft.replace(self.path)
+
+
+class TensorBoardSink:
+    """An event file under `tensorboard/`; steps that an earlier, killed process wrote beyond the first row are purged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.writer = folder / "tensorboard", None
+
+    def write(self, row: Row) -> None:
+        """One scalar per metric."""
+        from tensorboardX import SummaryWriter
+
+        if self.writer is None:
+            unique = f".{time.time_ns():x}"  # a file's own name knows seconds only
+            self.writer = SummaryWriter(
+                str(self.folder), purge_step=row["step"], flush_secs=10, filename_suffix=unique
+            )
+        for name, value in metrics_of(row).items():
+            self.writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes the file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandbSink:
+    """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables."""
+
+    def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project="darkroom", id=run, name=run, dir=str(folder), config=dict(config), resume="allow"
+        )
+
+    def write(self, row: Row) -> None:
+        """One step of the run's history."""
+        self.run.log(metrics_of(row), step=row["step"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self.run.finish()
+
+
+class MlflowSink:
+    """A run of MLflow in the experiment `darkroom`, the same one after a resume; where it goes is for MLFLOW_TRACKING_URI."""
+
+    def __init__(self, run: str, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        mlflow.set_experiment("darkroom")
+        self.mlflow = mlflow
+        named = f"attributes.run_name = '{run}'"
+        earlier = mlflow.search_runs(experiment_names=["darkroom"], filter_string=named, output_format="list")
+        mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=run)
+        mlflow.log_params(dict(config))
+
+    def write(self, row: Row) -> None:
+        """The row's metrics at its step."""
+        self.mlflow.log_metrics(metrics_of(row), step=row["step"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self.mlflow.end_run()
+
+
+class Sinks:
+    """Every sink of one training; `folder` takes the files of those that write any, `services` is `TrainConfig.log_to`."""
+
+    def __init__(self, folder: Path, services: str = "", *, run: str = "", config: Row | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sinks: list[Sink] = [ParquetSink(folder), TensorBoardSink(folder)]
+        if "wandb" in services.split(","):
+            self.sinks.append(WandbSink(folder, run, config or {}))
+        if "mlflow" in services.split(","):
+            self.sinks.append(MlflowSink(run, config or {}))
+
+    def write(self, row: Row) -> None:
+        """Gives the row to every sink."""
+        for sink in self.sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Closes every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def require(services: str, setting: str) -> None:
+    """Raises UserError when a service is asked for by `setting` whose library is not installed."""
+    for service in filter(None, services.split(",")):
+        if importlib.util.find_spec(service) is None:
+            raise UserError(
+                f"{setting}={service}, but the Python library {service} is not installed: "
+                f"`pip install {service}`, or leave it out (Parquet and TensorBoard are always written)"
+            )
+
+
+def metrics_of(row: Row) -> dict[str, float]:
+    """The numbers of a row, but for its step."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, Real) and name != "step"}
