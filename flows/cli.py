@@ -94,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
         "--out", default="generated", metavar="DIR", help="where the PNG files go (default: ./generated)"
     )
     _root(generate)
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "write a finished run as a folder that diffusers' StableUnCLIPPipeline and StableUnCLIPImg2ImgPipeline load",
+    )
+    export.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    export.add_argument("out", metavar="DIR", help="an empty folder, or one to be made")
+    _root(export)
     verify = _command(
         commands, "verify", _verify, "check every digest, count and join under a root, store or artifact"
     )
@@ -347,6 +356,18 @@ def _score(arguments: argparse.Namespace) -> int:
 def _protocol_line(score: dict[str, Any]) -> str:
     protocol = score["protocol"]
     return f"{protocol['extractor']} {protocol['extractor_digest'][:12]}, resize: {protocol['resize']}"
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from flows import console, runs
+    from flows.exporting import export_run
+
+    console.set_up_logging(verbose=False)
+    record = runs.find(_checked_root(arguments.root), arguments.run)
+    with console.quiet_stdout():
+        folder = export_run(record, arguments.out)
+    console.out.print(str(folder), soft_wrap=True, markup=False)
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

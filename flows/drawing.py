@@ -30,14 +30,9 @@ def draw(
     out: str,
 ) -> list[Path]:
     """Writes `count` PNGs per prompt under `out`; returns their paths. `changes` that are not None replace the run's sampling."""
-    folders = {**record["folders"], **record["external"]}
-    for part in ("prior", "denoiser"):
-        if part not in folders or not Path(folders[part], "_meta").exists():
-            raise UserError(
-                f"run {record['run']} has no {part}: run its recipe again without --until or --only"
-            )
+    folders = trained_parts(record)
     evaluation = record["recipe"]["evaluate"]
-    chosen = {name: evaluation[name] for name in Sampling.model_fields} | {
+    chosen = {name: evaluation[name] for name in Sampling.model_fields if name in evaluation} | {
         k: v for k, v in changes.items() if v is not None
     }
     try:
@@ -62,6 +57,17 @@ def draw(
             Image.fromarray(image).save(path)
             paths.append(path)
     return paths
+
+
+def trained_parts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Folder of each stage of a run. Raises UserError when it ended before its prior or denoiser was trained."""
+    folders = {**record["folders"], **record["external"]}
+    for part in ("prior", "denoiser"):
+        if part not in folders or not Path(folders[part], "_meta").exists():
+            raise UserError(
+                f"run {record['run']} has no {part}: run its recipe again without --until or --only"
+            )
+    return folders
 
 
 def _slug(text: str) -> str:

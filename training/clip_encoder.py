@@ -49,8 +49,8 @@ class Towers(Protocol):
         """The largest L."""
         ...
 
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) int64 and how many of each row are no padding (B,) int64."""
+    def tokens(self, captions: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) int64, at most `max_tokens` of them no padding, and how many that are (B,) int64."""
         ...
 
     def image(self, x: Tensor) -> Tensor:
@@ -119,22 +119,24 @@ class ClipEncoder:
         return F.normalize(self.towers.image(prepared).float(), dim=-1)
 
     @torch.inference_mode()
-    def ragged_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, list[int]]:
+    def ragged_text(
+        self, captions: Sequence[str], max_tokens: int | None = None
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """Text embeddings (B, D) float32, L2-normalised; hidden states of all captions (sum of T, W) float32; each T.
 
         The states come after the final norm and run from the start token to the end token. Longer captions are cut to
-        `context_length` tokens, the last of which is the end token.
+        `max_tokens` tokens, by default `context_length`, the last of which is the end token.
         """
-        tokens, lengths = self.towers.tokens(captions)
+        tokens, lengths = self.towers.tokens(captions, max_tokens)
         kept = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, L), on the host: no wait for the device
         rows = kept.flatten().nonzero().squeeze(1).to(self._device, non_blocking=True)
         embeddings, states = self.towers.text(tokens.to(self._device, non_blocking=True))
         values = states.flatten(0, 1).index_select(0, rows).float()
         return F.normalize(embeddings.float(), dim=-1), values, lengths.tolist()
 
-    def text(self, captions: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    def text(self, captions: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """Text embeddings (B, D) as `ragged_text` gives them, and per caption its hidden states (T, W) float32."""
-        embeddings, values, lengths = self.ragged_text(captions)
+        embeddings, values, lengths = self.ragged_text(captions, max_tokens)
         return embeddings, list(values.split(lengths))
 
     def _prepared(self, pixels: Tensor) -> Tensor:

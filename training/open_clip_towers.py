@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
@@ -46,9 +47,10 @@ class OpenClipTowers:
         """The most tokens of a caption."""
         return self.tokenizer.context_length
 
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) int64 and how many of each row there are up to the end token (B,) int64."""
-        tokens = self.tokenizer(list(captions))
+    def tokens(self, captions: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) int64 and how many of each row there are up to the end token (B,) int64, at most `max_tokens`."""
+        cut = self.tokenizer(list(captions), context_length=max_tokens)
+        tokens = F.pad(cut, (0, self.context_length - cut.shape[1]))
         return tokens, (tokens == self.tokenizer.eot_token_id).int().argmax(1) + 1
 
     def image(self, x: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ class TransformersTowers:
         """The most tokens of a caption."""
         return self.model.config.text_config.max_position_embeddings
 
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) int64 and how many of each row are no padding (B,) int64."""
-        return padded_tokens(self.tokenizer, captions, self.context_length)
+    def tokens(self, captions: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) int64, at most `max_tokens` of them no padding, and how many that are (B,) int64."""
+        return padded_tokens(self.tokenizer, captions, max_tokens or self.context_length)
 
     def image(self, x: Tensor) -> Tensor:
         """(B, D) of preprocessed pictures."""

@@ -21,6 +21,7 @@ FROZEN = {
     "prepare": (["source"], COMMON | {"--address", "--retry-failed"}),
     "generate": (["run", "prompts"], {"--count", "--seed", "--guidance-scale", "--steps", "--out", "--root"}),
     "score": ([], {"--real", "--fake", "--metrics", "--extractor", "--save-real", "--json"}),
+    "export": (["run", "out"], {"--root"}),
     "verify": (["uri"], {"--json", "--repair", "--address"}),
     "index": (["uri"], {"--kind", "--out"}),
     "report": (["run"], {"--root"}),

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from training.systems import clip, denoiser, prior, vae
+from training.systems.clip import ClipConfig
+from training.systems.denoiser import DenoiserConfig
+from training.systems.prior import PriorConfig
 from training.systems.system import Batch
+from training.systems.unclip import Unclip
+from training.systems.vae import VaeConfig
 
 
 class MemoryColumns:
@@ -71,3 +78,27 @@ def columns() -> MemoryColumns:
 def narrow_text_columns() -> MemoryColumns:
     """The same, with text states narrower than the embeddings."""
     return MemoryColumns(width=6)
+
+
+PARTS = {
+    "clip": (clip, ClipConfig(embed_dim=8, image_size=16, vision_width=16, vision_layers=1, vision_heads=2,
+                              vision_patch_size=8, text_width=8, text_layers=1, text_heads=2, context_length=12)),
+    "vae": (vae, VaeConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=2)),
+    "prior": (prior, PriorConfig(num_layers=1, num_attention_heads=2, attention_head_dim=8)),
+    "denoiser": (denoiser, DenoiserConfig(block_out_channels=(8, 8), num_attention_heads=2, norm_num_groups=4)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(columns, tmp_path) -> dict[str, Path]:
+    """The four published parts, untrained."""
+    for name, (system, config) in PARTS.items():
+        torch.manual_seed(0)
+        trainable = system.fit(config, columns)
+        trainable.publish(trainable.build().eval(), tmp_path / name)
+    return {name: tmp_path / name for name in PARTS}
+
+
+@pytest.fixture
+def system(folders) -> Unclip:
+    return Unclip.load(str(folders["clip"]), str(folders["vae"]), folders["prior"], folders["denoiser"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,39 +10,12 @@ import torch.nn.functional as F
 
 from data.errors import UserError
 from training.randomness import Draws
-from training.systems import clip, denoiser, prior, vae
-from training.systems.clip import ClipConfig
-from training.systems.denoiser import DenoiserConfig
-from training.systems.prior import PriorConfig
 from training.systems.unclip import Sampling, Unclip, slerp
-from training.systems.vae import VaeConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPTS = ["a red circle", "a blue star on a white background", "a picture"]
 SHORT = Sampling(num_inference_steps=3, prior_steps=3)
-PARTS = {
-    "clip": (clip, ClipConfig(embed_dim=8, image_size=16, vision_width=16, vision_layers=1, vision_heads=2,
-                              vision_patch_size=8, text_width=8, text_layers=1, text_heads=2, context_length=12)),
-    "vae": (vae, VaeConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=2)),
-    "prior": (prior, PriorConfig(num_layers=1, num_attention_heads=2, attention_head_dim=8)),
-    "denoiser": (denoiser, DenoiserConfig(block_out_channels=(8, 8), num_attention_heads=2, norm_num_groups=4)),
-}  # fmt: skip
-
-
-@pytest.fixture
-def folders(columns, tmp_path) -> dict[str, Path]:
-    """The four published parts, untrained."""
-    for name, (system, config) in PARTS.items():
-        torch.manual_seed(0)
-        trainable = system.fit(config, columns)
-        trainable.publish(trainable.build().eval(), tmp_path / name)
-    return {name: tmp_path / name for name in PARTS}
-
-
-@pytest.fixture
-def system(folders) -> Unclip:
-    return Unclip.load(str(folders["clip"]), str(folders["vae"]), folders["prior"], folders["denoiser"])
 
 
 def draws(*indices: int, seed: int = 0) -> Draws:
@@ -64,17 +36,20 @@ def test_a_picture_does_not_depend_on_the_batch_it_is_drawn_in(system):
     assert (whole[1:2].int() - alone.int()).abs().max() <= 1  # batched matrix products round differently
 
 
-def test_predicted_embeddings_are_unit_vectors(system):
+def test_predicted_embeddings_are_what_the_prior_says_in_the_scale_of_unit_vectors(system):
+    system.prior.clip_mean.fill_(math.sqrt(8) * 8**-0.5)  # of eight unit entries: length 1 on the mean
+    system.prior.clip_std.zero_()
     embeddings = system.predict_image_embedding(PROMPTS, draws(0, 1, 2), SHORT)
-    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(embeddings, torch.full((3, 8), 8**-0.5))
 
 
 def test_more_candidates_never_move_away_from_the_text(system):
-    text, _ = system.clip.text(PROMPTS)
+    text, _ = system.clip.text(PROMPTS, system.prior.config.num_embeddings)
     cosines = []
     for candidates in (1, 2, 8):
         sampling = SHORT.model_copy(update={"prior_candidates": candidates})
-        cosines.append((system.predict_image_embedding(PROMPTS, draws(0, 1, 2), sampling) * text).sum(-1))
+        predicted = system.predict_image_embedding(PROMPTS, draws(0, 1, 2), sampling)
+        cosines.append(F.cosine_similarity(predicted, text, dim=-1))
     assert (cosines[1] >= cosines[0] - 1e-5).all() and (cosines[2] >= cosines[1] - 1e-5).all()
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data.config import Config
 from data.errors import UserError
-from training.diffusion.guidance import guided
+from training.diffusion.guidance import EVERYWHERE, guided
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Denoise, Objective, denoiser
 from training.diffusion.sampling import dpm_solver, sample
 from training.encoders import ClipEncoder, VaeEncoder
@@ -37,6 +37,17 @@ class Sampling(Config):
     guidance_rescale: float = Field(
         0.0, ge=0, le=1, description="share of guidance's excess spread taken back"
     )
+    guidance_interval: tuple[float, float] = Field(
+        EVERYWHERE,
+        description="timesteps, low <= t < high of 0 to 1000, at which the denoiser is guided; at others it costs half",
+    )
+    threshold_percentile: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="dynamic thresholding of guided latents: this percentile of their magnitudes is held to what it is "
+        "without guidance; 99.5 in Imagen; None: none",
+    )
     num_inference_steps: int = Field(
         20, ge=1, le=NUM_TRAIN_TIMESTEPS, description="steps of the denoiser's sampler"
     )
@@ -53,6 +64,15 @@ class Sampling(Config):
         lt=NUM_TRAIN_TIMESTEPS,
         description="noise added to the image embedding; more varies pictures more",
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Sampling:
+        low, high = self.guidance_interval
+        if not EVERYWHERE[0] <= low < high <= EVERYWHERE[1]:
+            raise ValueError(
+                f"guidance_interval is {low:g} to {high:g}; give 0 <= low < high <= {NUM_TRAIN_TIMESTEPS}"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,7 @@ class Unclip:
 
     @torch.no_grad()
     def predict_image_embedding(self, prompts: Sequence[str], draws: Draws, sampling: Sampling) -> Tensor:
-        """Image embeddings (B, D) float32 that the prior imagines for `prompts`; L2-normalised.
+        """Image embeddings (B, D) float32 that the prior imagines for `prompts`, of length about 1, as the denoiser takes them.
 
         Of `prior_candidates` draws the one with the largest cosine to the text embedding is kept (arXiv 2204.06125, 2.2).
         """
@@ -110,17 +130,16 @@ class Unclip:
         noise = torch.stack(each, 1).flatten(0, 1)  # (B K, D)
         scheduler = dpm_solver(prior_system.OBJECTIVE, prediction_type="sample")
         standardised = sample(denoise, scheduler, noise, sampling.prior_steps, **repeated)
-        embeddings = F.normalize(self.prior.post_process_latents(standardised), dim=-1).view(
-            batch, candidates, -1
-        )
-        nearest = (embeddings * conditioning["text_emb"][:, None]).sum(-1).argmax(1)
+        embeddings = self.prior.post_process_latents(standardised).view(batch, candidates, -1)
+        embeddings = embeddings / embeddings.shape[-1] ** 0.5
+        nearest = F.cosine_similarity(embeddings, conditioning["text_emb"][:, None], dim=-1).argmax(1)
         return embeddings[torch.arange(batch, device=nearest.device), nearest]
 
     @torch.no_grad()
     def develop(
         self, image_embeddings: Tensor, texts: Sequence[str] | None, draws: Draws, sampling: Sampling
     ) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 of `image_embeddings` (B, D), L2-normalised; without `texts`, of the embeddings alone.
+        """Pictures (B, 3, H, W) uint8 of `image_embeddings` (B, D) of length 1; without `texts`, of the embeddings alone.
 
         Embeddings of real pictures give variations of them, points between two of them an interpolation.
         """
@@ -145,15 +164,22 @@ class Unclip:
     def _guided_denoiser(self, labels: Tensor, hidden: Tensor, sampling: Sampling) -> Denoise:
         denoise = denoiser(denoiser_system.network(self.unet), self.objective)
         unconditional = {"class_labels": labels, "text_hidden": hidden}
-        return guided(denoise, sampling.guidance_scale, unconditional, sampling.guidance_rescale)
+        return guided(
+            denoise,
+            sampling.guidance_scale,
+            unconditional,
+            rescale=sampling.guidance_rescale,
+            interval=sampling.guidance_interval,
+            threshold_percentile=sampling.threshold_percentile,
+        )
 
     def _text_conditioning(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        embeddings, states = self.clip.text(texts)
+        embeddings, states = self.clip.text(texts, self._tokens)
         hidden, lengths = padded(states, self._tokens)
         return {"text_emb": embeddings, "text_hidden": hidden, "text_mask": token_mask(lengths, self._tokens)}
 
     def _hidden(self, texts: Sequence[str]) -> Tensor:
-        return padded(self.clip.text(texts)[1], self._tokens)[0]
+        return padded(self.clip.text(texts, self._tokens)[1], self._tokens)[0]
 
     @property
     def _tokens(self) -> int:
