@@ -22,7 +22,6 @@ TINY = {
     "evaluate.num_images": 16,
     "evaluate.num_inference_steps": 3,
     "evaluate.prior_steps": 3,
-    "evaluate.prior_candidates": 1,
     "evaluate.reconstruction_images": 60,
     **{f"{stage}.max_steps": 8 for stage in ("clip", "vae", "prior", "denoiser")},
     **{f"{stage}.checkpoint_every": 2 for stage in ("clip", "vae", "prior", "denoiser")},

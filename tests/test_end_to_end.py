@@ -12,15 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CHECKOUT, SHARED, TINY, command, environment, result
-
-from training.randomness import Draws
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "generate", "evaluate", "report"]
@@ -147,54 +142,6 @@ def test_generate_draws_the_same_picture_for_the_same_seed(undisturbed, tmp_path
         assert drawn.returncode == 0, drawn.stderr
         pictures.append([Path(line).read_bytes() for line in drawn.stdout.split()])
     assert pictures[0] == pictures[1] and pictures[0][0] != pictures[0][1]
-
-
-PIPELINE = """
-import sys, numpy, torch
-from diffusers import StableUnCLIPPipeline
-from diffusers.pipelines.stable_diffusion import pipeline_stable_unclip
-folder, noise, out = sys.argv[1:]
-given = {name: torch.from_numpy(array) for name, array in numpy.load(noise).items()}
-pipeline_stable_unclip.randn_tensor = lambda *_, **__: given["embedding"]
-pipeline = StableUnCLIPPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-images = pipeline(
-    ["a large red star"] * 2, num_inference_steps=2, guidance_scale=2.0, noise_level=100,
-    prior_num_inference_steps=3, prior_guidance_scale=1.0, prior_latents=given["prior"], latents=given["latents"],
-).images
-for i, image in enumerate(images):
-    image.save(f"{out}/{i}.png")
-assert not {"data", "training", "stages", "flows"} & set(sys.modules), "the pipeline needs none of our code"
-"""
-
-
-def test_diffusers_draws_from_the_exported_run_what_generate_draws(undisturbed, tmp_path, darkroom):
-    root, _ = undisturbed
-    drawn = darkroom(
-        "generate",
-        "latest",
-        "a large red star",
-        "--count=2",
-        "--steps=2",
-        f"--out={tmp_path}/ours",
-        root=root,
-    )
-    exported = darkroom("export", "latest", str(tmp_path / "exported"), root=root)
-    assert (exported.returncode, exported.stdout) == (0, f"{tmp_path}/exported\n"), exported.stderr
-    draws = Draws(0, torch.arange(2))
-    noise = {
-        "prior": draws.normal("prior.x_T.0", (64,)),
-        "embedding": draws.normal("develop.embedding_noise", (64,)),
-        "latents": draws.normal("develop.x_T", (8, 8, 8)),
-    }
-    np.savez(tmp_path / "noise.npz", **{name: numbers.numpy() for name, numbers in noise.items()})
-    script = [sys.executable, "-I", "-c", PIPELINE, "exported", "noise.npz", "."]
-    finished = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    for i, path in enumerate(drawn.stdout.split()):
-        ours, theirs = (np.asarray(Image.open(p)).astype(int) for p in (path, tmp_path / f"{i}.png"))
-        assert np.abs(ours - theirs).max() <= 1
-    again = darkroom("export", "latest", str(tmp_path / "exported"), root=root)
-    assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
 def test_killed_in_every_stage_the_same_command_ends_with_the_same_bytes(undisturbed, tmp_path):
