@@ -152,7 +152,7 @@ def step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.clock)
-    return torch.cat(losses), grad_norm
+    return losses[0] if len(losses) == 1 else torch.cat(losses), grad_norm
 
 
 def _backward(
@@ -170,7 +170,8 @@ def _backward(
     with distributed.gradient_sync(model, enabled=is_last):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             losses = trainable.loss(network, part, draws)  # type: ignore[arg-type]
-        (losses.mean() / config.accumulate).backward()
+        mean = losses.mean()
+        (mean / config.accumulate if config.accumulate > 1 else mean).backward()
     return losses.detach()
 
 
