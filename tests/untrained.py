@@ -54,7 +54,12 @@ def inline(
 ) -> tuple[Any, ...]:
     """`map_shards` in one process: one worker, every task in order."""
     made = work(**arguments)
-    return tuple(made(task, workspace.folder) for task in tasks)
+    return tuple(written(made(task, workspace.folder)) for task in tasks)
+
+
+def written(outcome: Any) -> Any:
+    """The record of a shard whose work may have left its writing to do."""
+    return outcome() if callable(outcome) else outcome
 
 
 def plan_of(root: Path | str, **changes: Any) -> Plan:

@@ -1,0 +1,133 @@
+"""Evaluation: the same bits whoever computes which block, and a protocol with every value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import untrained
+
+from data.errors import StageFailed
+from data.manifest import Snapshot
+from flows import runs
+from stages import evaluate, generate
+from stages.contract import FanoutConfig, Inputs, Workspace
+from training.metrics.protocol import Protocol
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+BLOCK = 6
+"""Small enough that 26 images make five blocks, the last one of two."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> Iterator[None]:
+    """Blocks of six, and the one thread that a worker has."""
+    monkeypatch.setattr(generate, "BLOCK", BLOCK)
+    monkeypatch.setattr(evaluate, "BLOCK", BLOCK)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def dealt_to(workers: int):
+    """`map_shards` without Ray: tasks dealt in reverse order to `workers` that each load the system for themselves."""
+
+    def deal(work, arguments, tasks, workspace):
+        hands = [work(**arguments) for _ in range(workers)]
+        records = {
+            task.index: untrained.written(hands[at % workers](task, workspace.folder))
+            for at, task in enumerate(reversed(tasks))
+        }
+        return tuple(records[task.index] for task in tasks)
+
+    return deal
+
+
+def evaluated(root: Path, out: Path, fan_out, monkeypatch) -> dict[str, str]:
+    """Generates and evaluates the run under `out`; relative path -> SHA-256 of every image block, feature and score."""
+    plan = untrained.plan_of(root)
+    stages = {stage.name: runs.spec_of(plan, stage) for stage in plan.stages}
+    inputs: dict[str, Snapshot] = {}
+    for module in (generate, evaluate):
+        name = module.STAGE.name
+        monkeypatch.setattr(module, "map_shards", fan_out)
+        opened: Inputs = {r: inputs.get(ref.stage) or ref.open() for r, ref in stages[name].inputs.items()}
+        workspace = Workspace(str(out / name), stages[name].fingerprint, FanoutConfig(num_workers=2))
+        config = module.STAGE.config.model_validate(stages[name].config)
+        inputs[name] = module.STAGE.run(config, opened, workspace)
+    files = [p for p in out.rglob("*") if p.suffix in (".npy", ".png") or p.name == "scores.json"]
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_every_bit_is_the_same_for_any_number_of_workers(untrained_run, tmp_path, monkeypatch, workers):
+    alone = evaluated(untrained_run[0], tmp_path / "alone", untrained.inline, monkeypatch)
+    assert evaluated(untrained_run[0], tmp_path / "dealt", dealt_to(workers), monkeypatch) == alone
+    assert len([name for name in alone if name.startswith("generate/generated/")]) == 5
+
+
+def test_the_tail_is_neither_dropped_nor_repeated(untrained_run, tmp_path, monkeypatch):
+    evaluated(untrained_run[0], tmp_path, untrained.inline, monkeypatch)
+    blocks = sorted((tmp_path / "generate" / "generated").glob("*.npy"))
+    assert [len(np.load(path)) for path in blocks] == [6, 6, 6, 6, 2]
+    prompts = (tmp_path / "generate" / "_meta" / "prompts.jsonl").read_text().splitlines()
+    assert len(prompts) == 26
+    n = {s["name"]: s["n"] for s in json.loads((tmp_path / "evaluate/scores.json").read_text())["scores"]}
+    assert n["fd_clip"] == n["clip_score"] == 26 and n["vae_psnr"] == 20
+    assert n["prompt_accuracy"] + n["prompt_accuracy_heldout"] == 26
+
+
+def test_every_value_carries_its_protocol(untrained_run):
+    plan = untrained.plan_of(untrained_run[0])
+    made = {stage.name: stage.snapshot for stage in plan.stages}
+    assert made["evaluate"] is not None and made["generate"] is not None
+    rows = json.loads((Path(made["evaluate"].folder) / "scores.json").read_text())["scores"]
+    protocols = {row["name"]: Protocol.model_validate(row["protocol"]) for row in rows}
+    fd = protocols["fd_clip"]
+    assert (fd.extractor, fd.extractor_digest, fd.n) == ("clip", made["clip"].digest, 26)
+    assert (fd.reference, fd.reference_n) == (made["shard"].digest, 60)
+    assert fd.weights == {part: made[part].digest for part in ("clip", "vae", "prior", "denoiser")}
+    assert (fd.seeds, fd.sampler, fd.num_inference_steps, fd.guidance_scale) == ((0,), "dpm_solver", 2, 2.0)
+    assert fd.ema is True and fd.sampling["noise_level"] == 100 and "guidance_scale" not in fd.sampling
+    manifest = (Path(made["generate"].folder) / "_meta" / "prompts.jsonl").read_bytes()
+    assert fd.prompts == hashlib.sha256(manifest).hexdigest()
+    assert protocols["prompt_accuracy"].reference == "" and protocols["vae_psnr"].prompts == ""
+    assert protocols["vae_psnr"].weights == {"vae": made["vae"].digest}
+    assert all(protocol.metric == name for name, protocol in protocols.items())
+
+
+def test_features_that_hold_nan_are_one_sentence(untrained_run, tmp_path, monkeypatch):
+    def poisoned(work, arguments, tasks, workspace):
+        records = untrained.inline(work, arguments, tasks, workspace)
+        for path in Path(workspace.folder).glob("img_emb/img_emb_00001.npy"):
+            features = np.load(path)
+            features[3, 2] = np.nan
+            np.save(path, features)
+        return records
+
+    with pytest.raises(StageFailed, match=r"no scores: features of sample 9 hold NaN or infinity \(1 such"):
+        evaluated(untrained_run[0], tmp_path, poisoned, monkeypatch)
+
+
+def test_more_images_per_prompt_keep_the_first_of_each(untrained_run, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(untrained_run[0], root)
+    images = []
+    for each, count in ((1, 13), (2, 26)):
+        plan = untrained.plan_of(root, evaluate__num_images=count, evaluate__images_per_prompt=each)
+        snapshot = untrained.make(plan, next(s for s in plan.pending if s.name == "generate"))
+        blocks = sorted(Path(snapshot.folder).glob("generated/*.npy"))
+        images.append(np.concatenate([np.load(path) for path in blocks]))
+    one, two = images
+    assert len(two) == 26 and not np.array_equal(two[0], two[1])
+    assert np.abs(two[::2].astype(int) - one).max() <= 1, "blocks differ, and a sum rounds by its batch"
