@@ -239,9 +239,10 @@ def _load(candidate: Path, state: TrainState, facts: dict[str, Any]) -> None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], staging: Path, group: dist.ProcessGroup | None) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # channels-last weights are not
     if group is None:  # what the storage below would write, without its warning that this is a world of one
         name = staging / "shard-00001-model-00001-of-00001.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, name)
+        save_file(tensors, name)
         return
     writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=group)
