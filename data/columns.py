@@ -6,6 +6,7 @@ Legend: n samples of a shard; values (n, *shape) for arrays, (sum of row lengths
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,6 +133,11 @@ def open_ragged(folder: str, column: str, index: int) -> Ragged:
     return Ragged(values, offsets)
 
 
+def longest_row(folder: str, column: str, index: int) -> int:
+    """Length of the longest row in shard `index` of a ragged `column`, 0 where it has none; reads the row boundaries alone."""
+    return int(np.diff(_load(storage.join(folder, offsets_path(column, index)))).max(initial=0))
+
+
 def verify_join(records: Mapping[str, ShardRecord]) -> None:
     """Returns when all shards describe the same samples in the same order.
 
@@ -186,7 +192,26 @@ def _npy(values: np.ndarray) -> bytes:
 def _load(url: str) -> np.ndarray:
     try:
         if storage.is_local(url):
-            return np.load(storage.local_path(url), mmap_mode="r", allow_pickle=False)
+            with pa.memory_map(
+                str(storage.local_path(url))
+            ) as file:  # unlike numpy's map it keeps no descriptor
+                return _array(file.read_buffer())
         return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CorruptArtifact(f"{url} is not a complete .npy file: {error}") from error
+
+
+def _array(npy: pa.Buffer) -> np.ndarray:
+    """The array in the bytes of a .npy file, as a read-only view of them. Raises ValueError."""
+    stream = pa.BufferReader(npy)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(np.lib.format.read_magic(stream))
+    if read_header is None:
+        raise ValueError("an unknown version of the format")
+    shape, is_fortran, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    values = np.frombuffer(npy, dtype, math.prod(shape), offset=stream.tell())
+    return values.reshape(shape, order="F" if is_fortran else "C")

@@ -6,36 +6,41 @@ Legend: B batch of this rank, H W pixels, D embedding width, T longest caption o
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from data import storage
-from data.columns import Ragged, open_array, open_ragged, verify_join
-from data.errors import ShardMismatch, UserError
+from data.ahead import in_order
+from data.columns import longest_row, verify_join
+from data.errors import CorruptArtifact, ShardMismatch, UserError
 from data.images import decode
 from data.manifest import Snapshot
-from data.order import held_out
-from data.schema import COLUMNS
-from data.tars import ShardReader
+from data.opened import MAX_ARRAYS, OpenColumns
+from data.order import SampleOrder, held_out, require_equal_shares
+from data.shard_cache import ShardCache
 
 IMAGE_CACHE_BYTES = 512 << 20
 """Decoded images up to this size altogether are kept in memory; decoding a small one again costs more than its bytes."""
+_POSITIONS_AT_ONCE = 4096
+"""Positions of this rank whose samples are found in one go, which costs less than one batch after another."""
 
 
 class ColumnSet:
     """Random access to the columns of one dataset, over all its shards in order; rows that `kept` leaves out do not count.
 
     Opening verifies that every two columns agree shard by shard on count and ordered keys; ShardMismatch names the files
-    that do not. Raises UserError when a column is missing or there is no sample at all.
+    that do not. Raises UserError when a column is missing or there is no sample at all. Shards are opened as they are
+    needed, a bounded number at a time; remote ones come through `cache`, by default the one that the environment names.
     """
 
-    def __init__(self, snapshots: Sequence[Snapshot]) -> None:
+    def __init__(self, snapshots: Sequence[Snapshot], cache: ShardCache | None = None) -> None:
         self._owner = {column: snapshot for snapshot in snapshots for column in snapshot.columns}
         counted = [snapshot for snapshot in snapshots if snapshot.shards]
         if not any(snapshot.samples for snapshot in counted):
@@ -43,19 +48,24 @@ class ColumnSet:
                 f"no input holds a sample ({', '.join(s.folder for s in snapshots) or 'none was given'}): "
                 "check the source and the filters of `shard`"
             )
-        self.shards = [shard.index for shard in counted[0].shards if shard.samples]
         _verify(counted)
-        counts = [shard.samples for shard in counted[0].shards if shard.samples]
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._opened: dict[tuple[str, int], Any] = {}
-        self._kept = self._kept_rows() if "kept" in self._owner else None
-        if self._kept is not None and not len(self._kept):
+        self._open = OpenColumns(self._owner, cache)
+        self.shards, counts = _counted_rows(self._owner.get("kept", counted[0]), "kept" in self._owner)
+        if not self.shards:
             raise UserError("embed.min_clip_score leaves no sample: lower it")
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._held = np.zeros(0, np.int64)
         self._is_validation = False
+        self._kept_rows = functools.lru_cache(maxsize=MAX_ARRAYS)(self._read_kept_rows)
 
     def __len__(self) -> int:
-        return len(self._held) if self._is_validation else self._total - len(self._held)
+        return len(self._held) if self._is_validation else int(self._starts[-1]) - len(self._held)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples (int64) of this view in each of `shards`."""
+        held = np.diff(np.searchsorted(self._held, self._starts))
+        return held if self._is_validation else np.diff(self._starts) - held
 
     def split(self, validation: int) -> tuple[ColumnSet, ColumnSet]:
         """(training, validation): views of this dataset that share what is open, the second with `validation` samples.
@@ -76,29 +86,36 @@ class ColumnSet:
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Per-sample shape as batches hold it: (D,), (T, D) padded, (2C, h, w), (H, W, 3)."""
+        self._snapshot(column)
+        first = self._open.get(column, self.shards[0])
         if column == "text_hidden":
-            return (self._longest, self.empty(column).shape[-1])
-        return tuple(self._row(column, 0).shape)
+            return (self._longest, first.values.shape[-1])
+        return decode(first.image(0)).shape if column == "image" else tuple(first.shape[1:])
 
     def rows(self, column: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Stacked rows: float32, or uint8 (n, H, W, 3) for images; text_hidden (n, T, D) zero-padded to the longest."""
         if column == "image":
-            return self._images(indices)
+            return self._images(np.asarray(indices))
         if column == "text_hidden":
-            return pad([self._row(column, i) for i in indices], self._longest)[0]
-        return np.stack([self._row(column, i) for i in indices]).astype(np.float32)
+            return pad(self._each(column, indices, lambda opened, row: opened[row]), self._longest)[0]
+        out: np.ndarray | None = None
+        for slots, opened, rows in self._by_shard(column, indices):
+            if out is None:
+                out = np.empty((len(indices), *opened.shape[1:]), np.float32)
+            out[slots] = opened[rows]
+        return np.empty((0, *self.shape(column)), np.float32) if out is None else out
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The samples' captions."""
-        return [self._shard("caption", i).caption(self._locate(i)[1]) for i in indices]
+        return self._each("caption", indices, lambda shard, row: shard.caption(row))
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The samples' `__key__`s."""
-        return [self._shard("image", i).keys[self._locate(i)[1]] for i in indices]
+        return self._each("image", indices, lambda shard, row: shard.keys[row])
 
     def empty(self, column: str) -> np.ndarray:
         """What the empty caption has in `text_emb` (D,) or `text_hidden` (T0, D), float32."""
-        path = storage.join(self._folder(column), "empty", f"{column}.npy")
+        path = storage.join(self._snapshot(column).folder, "empty", f"{column}.npy")
         with storage.open_read(path) as stream:
             return np.load(stream, allow_pickle=False).astype(np.float32)
 
@@ -113,85 +130,101 @@ class ColumnSet:
             if name == "caption":
                 fields[name] = self.captions(indices)
             elif name == "text_hidden":
-                values, lengths = pad([self._row(name, i) for i in indices], self._longest)
+                rows = self._each(name, indices, lambda opened, row: opened[row])
+                values, lengths = pad(rows, self._longest)
                 fields[name], fields["text_length"] = torch.from_numpy(values), torch.from_numpy(lengths)
             elif name == "image":
-                fields[name] = torch.from_numpy(self._images(indices)).permute(0, 3, 1, 2)
+                fields[name] = torch.from_numpy(self.rows(name, indices)).permute(0, 3, 1, 2)
             else:
                 fields[name] = torch.from_numpy(self.rows(name, indices))
         return fields
 
-    @cached_property
+    def fetch_ahead(self, names: Sequence[str], order: SampleOrder, position: int) -> None:
+        """Begins to fetch the remote shards that stream `position` and what follows it need. Returns at once.
+
+        Raises UserError when they do not fit the shard cache, since each step would then fetch all of them again.
+        """
+        if any(self._open.is_remote(name) for name in names):
+            here, following = ([self.shards[at] for at in places] for places in order.near(position))
+            self._open.require_room(names, dict.fromkeys(here + following))
+            self._open.fetch_ahead(names, dict.fromkeys(here + following))
+
+    @functools.cached_property
     def _longest(self) -> int:
-        lengths = [int(np.diff(self._open("text_hidden", shard).offsets).max()) for shard in self.shards]
-        return max([*lengths, len(self.empty("text_hidden"))])
+        folder = self._snapshot("text_hidden").folder
+        work = in_order(lambda shard: longest_row(folder, "text_hidden", shard), self.shards, 8, 64)
+        return max(*work, len(self.empty("text_hidden")))
 
-    @cached_property
+    @functools.cached_property
     def _decoded(self) -> tuple[np.ndarray, np.ndarray] | None:
-        shape = self._row("image", 0).shape
-        if self._total * int(np.prod(shape)) > IMAGE_CACHE_BYTES:
+        count, shape = int(self._starts[-1]), self.shape("image")
+        if count * int(np.prod(shape)) > IMAGE_CACHE_BYTES:
             return None
-        return np.empty((self._total, *shape), np.uint8), np.zeros(self._total, bool)
+        return np.empty((count, *shape), np.uint8), np.zeros(count, bool)
 
-    def _images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _images(self, indices: np.ndarray) -> np.ndarray:
         if self._decoded is None:
-            return _stack([self._row("image", i) for i in indices])
+            return _stack(self._each("image", indices, lambda shard, row: decode(shard.image(row))))
         pixels, known = self._decoded
-        places = [self._place(i) for i in indices]
-        for i, place in zip(indices, places, strict=True):
-            if not known[place]:
-                pixels[place] = _stack([self._row("image", i), pixels[place]])[0]
-                known[place] = True
+        places = self._places(indices)
+        missing = indices[~known[places]]
+        for place, image in zip(
+            self._places(missing).tolist(),
+            self._each("image", missing, lambda shard, row: decode(shard.image(row))),
+            strict=True,
+        ):
+            pixels[place] = _stack([image, pixels[place]])[0]
+            known[place] = True
         return pixels[places]
 
-    def _row(self, column: str, index: int) -> np.ndarray:
-        shard, row = self._locate(index)
-        opened = self._open(column, shard)
-        return decode(opened.image(row)) if column == "image" else opened[row]
+    def _each(
+        self, column: str, indices: Sequence[int] | np.ndarray, read: Callable[[Any, int], Any]
+    ) -> list[Any]:
+        """`read(opened shard, row)` of each sample, in the order of `indices`."""
+        found: list[Any] = [None] * len(indices)
+        for slots, opened, rows in self._by_shard(column, indices):
+            for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
+                found[slot] = read(opened, row)
+        return found
 
-    def _shard(self, column: str, index: int) -> ShardReader:
-        return self._open(column, self._locate(index)[0])
+    def _by_shard(
+        self, column: str, indices: Sequence[int] | np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
+        """For each shard among those of the samples: their places in `indices`, the opened shard, their rows in it."""
+        self._snapshot(column)
+        places = self._places(np.asarray(indices, np.int64))
+        at = np.searchsorted(self._starts, places, side="right") - 1
+        by_shard = np.argsort(at, kind="stable")
+        for slots in np.split(by_shard, np.flatnonzero(np.diff(at[by_shard])) + 1) if len(at) else ():
+            number = int(at[slots[0]])
+            rows = places[slots] - self._starts[number]
+            if "kept" in self._owner:
+                rows = self._kept_rows(number)[rows]
+            yield slots, self._open.get(column, self.shards[number]), rows
 
-    def _kept_rows(self) -> np.ndarray:
-        """Positions (int64) among all rows of those that count."""
-        return np.flatnonzero(np.concatenate([self._open("kept", shard) for shard in self.shards]))
-
-    @property
-    def _total(self) -> int:
-        """Samples of both views."""
-        return int(self._starts[-1]) if self._kept is None else len(self._kept)
-
-    def _place(self, index: int) -> int:
-        """Where sample `index` of this view is among those of both."""
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        """Where samples of this view are among those of both views."""
+        assert not len(indices) or 0 <= indices.min() <= indices.max() < len(self), (
+            f"{indices} of {len(self)}"
+        )
         if self._is_validation:
-            return int(self._held[index])
-        return int(index + np.searchsorted(self._held - np.arange(len(self._held)), index, side="right"))
+            return self._held[indices]
+        return indices + np.searchsorted(self._held - np.arange(len(self._held)), indices, side="right")
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        index = self._place(index)
-        index = index if self._kept is None else self._kept[index]
-        at = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.shards[at], int(index - self._starts[at])
-
-    def _open(self, column: str, shard: int) -> Any:
-        kind = COLUMNS[column].kind
-        name = "image" if kind == "tar" else column
-        if (name, shard) not in self._opened:
-            self._opened[name, shard] = _open_column(kind, self._folder(column), column, shard)
-        return self._opened[name, shard]
-
-    def _folder(self, column: str) -> str:
-        return self._snapshot(column).folder
+    def _read_kept_rows(self, number: int) -> np.ndarray:
+        """Rows (int64) that count of the shard at `number`."""
+        rows = np.flatnonzero(self._open.get("kept", self.shards[number]))
+        if len(rows) != (counted := int(np.diff(self._starts)[number])):
+            raise CorruptArtifact(
+                f"{self._owner['kept'].folder}: `kept` of shard {self.shards[number]:05d} keeps {len(rows)} rows, "
+                f"{counted} on record"
+            )
+        return rows
 
     def _snapshot(self, column: str) -> Snapshot:
         if column not in self._owner:
             raise UserError(f"no input has the column {column!r}; there are {', '.join(sorted(self._owner))}")
         return self._owner[column]
-
-
-def stream_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of `count` samples (int64), a function of (seed, epoch): the order in which that epoch visits them."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
 def batches(
@@ -207,35 +240,36 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """Endless batches of this rank from global step `first_step` on; resuming costs nothing, whatever the step.
 
-    The global batch of step k is the stream positions [k*B, (k+1)*B); every sample comes once per epoch.
-    Raises UserError when `world_size` does not divide `batch_size`.
+    The global batch of step k is the stream positions [k*B, (k+1)*B); every sample comes once per epoch, and a batch at
+    the end of one goes on with the next. Raises UserError when `world_size` does not divide `batch_size`.
     """
-    if batch_size % world_size:
-        raise UserError(
-            f"batch_size {batch_size} is not a multiple of {world_size} workers: change either one"
-        )
-    per_rank, count = batch_size // world_size, len(columns)
-    orders: dict[int, np.ndarray] = {}
-    step = first_step
-    while True:
-        positions = step * batch_size + rank * per_rank + np.arange(per_rank)
-        epochs = positions // count
-        orders = {
-            e: orders[e] if e in orders else stream_order(seed, e, count) for e in np.unique(epochs).tolist()
-        }
-        indices = np.array([orders[int(e)][p % count] for e, p in zip(epochs, positions, strict=True)])
-        batch = columns.batch(names, indices)
-        batch["position"] = torch.from_numpy(positions.astype(np.int64))
-        yield {
-            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()
-        }
-        step += 1
+    require_equal_shares(batch_size, world_size)
+    per_rank = batch_size // world_size
+    order = SampleOrder(columns.counts, seed)
+    at_once = max(1, min(_POSITIONS_AT_ONCE // per_rank, order.count // batch_size))
+    for step in itertools.count(first_step, at_once):
+        steps = np.arange(step, step + at_once)[:, None]
+        positions = steps * batch_size + rank * per_rank + np.arange(per_rank)  # (at_once, per_rank)
+        columns.fetch_ahead(names, order, int(positions[0, 0]))
+        for where, indices in zip(positions, order(positions.ravel()).reshape(positions.shape), strict=True):
+            batch = columns.batch(names, indices)
+            yield on_device({**batch, "position": torch.from_numpy(where)}, device)
+
+
+def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch's tensors on `device`; to a GPU they go from pinned memory, without waiting for the copy."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return batch
+    return {
+        name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def key_at(columns: ColumnSet, seed: int, position: int) -> str:
     """The `__key__` of the sample at `position` of the training stream that `batches` follows."""
-    epoch, place = divmod(position, len(columns))
-    return columns.keys([int(stream_order(seed, epoch, len(columns))[place])])[0]
+    return columns.keys(SampleOrder(columns.counts, seed)(np.array([position])))[0]
 
 
 def held_out_batches(
@@ -255,8 +289,7 @@ def held_out_batches(
     per_rank = max(1, batch_size // world_size)
     for start in range(0, len(mine), per_rank):
         indices = mine[start : start + per_rank]
-        batch = columns.batch(names, indices) | {"position": torch.from_numpy(indices)}
-        yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        yield on_device({**columns.batch(names, indices), "position": torch.from_numpy(indices)}, device)
 
 
 def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
@@ -304,10 +337,10 @@ def _offer(ready: queue.Queue, entry: tuple, stopped: threading.Event) -> bool:
     return False
 
 
-def _open_column(kind: str, folder: str, column: str, shard: int) -> ShardReader | np.ndarray | Ragged:
-    if kind == "tar":
-        return ShardReader(storage.join(folder, f"{shard:05d}.tar"))
-    return open_ragged(folder, column, shard) if kind == "ragged" else open_array(folder, column, shard)
+def _counted_rows(snapshot: Snapshot, is_filtered: bool) -> tuple[list[int], list[int]]:
+    """(index, rows that count) of each shard of which any row does."""
+    counts = [(s.index, s.ledger.written if is_filtered else s.samples) for s in snapshot.shards]
+    return [index for index, count in counts if count], [count for _, count in counts if count]
 
 
 def _verify(snapshots: Sequence[Snapshot]) -> None:
