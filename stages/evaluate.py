@@ -31,6 +31,7 @@ from training.metrics.clip_score import clip_score
 from training.metrics.moments import Moments, moments_of
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.protocol import Protocol
+from training.metrics.references import read_reference
 from training.randomness import Draws
 from training.systems.unclip import Sampling, Unclip
 
@@ -74,25 +75,21 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
 
 
 def reference_statistics(path: str) -> Moments:
-    """Mean and covariance of real images' Inception features from an npz with `mu` (2048,) and `sigma` (2048, 2048), as
-    pytorch-fid and clean-fid write them. Their number is taken from `n` where the file has it.
+    """Moments of real images' Inception features from a file that `training.metrics.references` reads; a file that does not
+    tell how many images it is of counts as one more than their width.
 
-    Raises UserError when the file is missing, is no such npz, or was made by an extractor of another width.
+    Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            mean, covariance = (stored[name].astype(np.float64) for name in ("mu", "sigma"))
-            n = int(stored["n"]) if "n" in stored else inception.WIDTH + 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    gaussian = read_reference(path, "inception").gaussian
+    if gaussian is None:
+        raise UserError(f"evaluate.reference={path} holds pictures: give statistics of Inception features")
+    if len(gaussian.mean) != inception.WIDTH:
         raise UserError(
-            f"evaluate.reference={path} cannot be read ({error}): give an npz with mu and sigma of Inception features"
-        ) from error
-    if mean.shape != (inception.WIDTH,) or covariance.shape != (inception.WIDTH, inception.WIDTH):
-        raise UserError(
-            f"evaluate.reference={path} has features of width {mean.shape}, and Inception's are {inception.WIDTH}: it is of "
-            "another extractor"
+            f"evaluate.reference={path} has features of width {len(gaussian.mean)}, and Inception's are {inception.WIDTH}: it "
+            "is of another extractor"
         )
-    return Moments(n=n, mean=mean, m2=covariance * (n - 1))
+    n = gaussian.n or inception.WIDTH + 1
+    return Moments(n=n, mean=gaussian.mean, m2=gaussian.covariance * (n - 1))
 
 
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:

@@ -95,10 +95,13 @@ def test_reference_statistics_of_another_extractor_are_refused(tmp_path):
     weights, reference = tmp_path / "w.pth", tmp_path / "r.npz"
     weights.touch()
     asked = [f"evaluate.inception={weights}", f"evaluate.reference={reference}"]
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         unclip_nodes(edited(demo(), asked))
     np.savez(reference, mu=np.zeros(512), sigma=np.eye(512))
-    with pytest.raises(UserError, match=r"width \(512,\), and Inception's are 2048"):
+    with pytest.raises(UserError, match="width 512, and Inception's are 2048"):
+        unclip_nodes(edited(demo(), asked))
+    np.savez(reference, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="holds pictures"):
         unclip_nodes(edited(demo(), asked))
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
     assert unclip_nodes(edited(demo(), asked))
