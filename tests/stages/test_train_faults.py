@@ -202,7 +202,7 @@ def test_a_lost_node_that_is_replaced_changes_no_bit(data, undisturbed, tmp_path
     folder = tmp_path / "vae"
     run = start(data, folder, f"--address={nodes.address}", fsdp=fsdp)
     wait_for(lambda: checkpoints(folder), run)
-    nodes.remove_node(nodes.worker_nodes[-1], allow_graceful=False)
+    nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     nodes.add_node(num_cpus=1)
     assert finish(run, folder) == undisturbed(fsdp)
 
@@ -212,7 +212,7 @@ def test_a_notice_of_preemption_is_answered_with_a_checkpoint(data, undisturbed,
     folder = tmp_path / "vae"
     run = start(data, folder, f"--address={nodes.address}", fsdp=fsdp)
     wait_for(lambda: checkpoints(folder), run)
-    leaving = nodes.worker_nodes[-1]
+    leaving = next(iter(nodes.worker_nodes))
     drain(nodes.gcs_address, leaving.node_id, seconds=60)
     wait_for(lambda: [s for s in checkpoints(folder) if int(s.name[5:]) % 50], run)
     nodes.remove_node(leaving, allow_graceful=False)
