@@ -161,10 +161,12 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     records = storage.local_path(workspace.folder).resolve() / "_meta" / "ray"
     shutil.rmtree(records, ignore_errors=True)  # Ray refuses to go on from a truncated record of its own
-    board = ray.remote(num_cpus=0)(train_worker.Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(train_worker.Board).remote()  # no worker's node
     trainer = TorchTrainer(
         train_worker.work,
         train_loop_config={
