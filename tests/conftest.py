@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared" / "datasets"
+
+STARTED = time.monotonic()
+MINUTES = float(os.environ.get("DARKROOM_TEST_MINUTES", "inf"))
+"""After so many minutes of a run, slow tests that have not begun are skipped: a slow machine, too, ends with an answer."""
 
 TINY = {
     "source.count": 240,
@@ -28,6 +33,13 @@ TINY = {
     **{f"{stage}.batch_size": 16 for stage in ("clip", "vae", "prior", "denoiser")},
 }
 """Everything that a demo does, at a size that takes seconds per stage."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a slow test or a peer's when the time for such tests is used up."""
+    is_slow = any(item.get_closest_marker(name) for name in ("slow", "peers"))
+    if is_slow and time.monotonic() - STARTED > 60 * MINUTES:
+        pytest.skip(f"the {MINUTES:g} minutes of DARKROOM_TEST_MINUTES are used up")
 
 
 def command(*arguments: str, root: Path, settings: dict[str, Any] | None = None) -> list[str]:

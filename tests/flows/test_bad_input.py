@@ -120,8 +120,9 @@ def test_more_devices_than_there_are_is_refused_before_the_first_stage(complaint
     many = ("--set=denoiser.num_workers=512", "--set=denoiser.batch_size=512")
     assert "denoiser.num_workers=512, but the cluster has 0 GPUs and" in complaint("run", "demo", *many)
     if not torch.cuda.is_available():
-        said = complaint("run", "demo", "--set=fanout.num_gpus=1")
-        assert "fanout.num_gpus=1, but the cluster has 0 GPUs" in said
+        code, _, err = end(start("run", "demo", "--set=fanout.num_gpus=1", root=tmp_path / "root"))
+        assert code == 2
+        assert "fanout.num_gpus=1, but the cluster has 0 GPUs" in err.splitlines()[-1]
     assert not list((tmp_path / "root").glob("store/*")), "nothing was made"
 
 
@@ -346,10 +347,10 @@ def test_two_runs_at_once_on_one_root_make_one_result_with_every_bad_row_counted
 def test_a_disk_that_fills_loses_nothing_and_with_room_the_same_command_finishes(disk, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
-    for i in range(40):
+    for i in range(60):
         image(pairs / f"{i:02d}.png", i, side=256)
         (pairs / f"{i:02d}.txt").write_text(f"noise {i}")
-    root = disk("size=10m")
+    root = disk("size=11m")  # of some 12 MB; Prefect's journal takes up to 5
     line = [*SHARD, f"--data={pairs}", "--set=shard.image_size=256", "--set=shard.samples_per_shard=4"]
     code, out, err = end(start(*line, root=root))
     assert code == 1 and out == ""
@@ -357,11 +358,11 @@ def test_a_disk_that_fills_loses_nothing_and_with_room_the_same_command_finishes
     assert unfinished(root) == [] and not list(root.glob("store/shard/*/_meta/snapshots/*"))
     kept = {tar: tar.stat().st_mtime_ns for tar in root.glob("store/shard/*/*.tar")}
     receipts = {path.stem for path in root.glob("store/shard/*/_meta/receipts/*.json")}
-    assert 0 < len(receipts) < 10
+    assert 0 < len(receipts) < 15
     disk("size=60m")
     code, out, err = end(start(*line, root=root))
     assert code == 0, err
-    assert len(list(root.glob("store/shard/*/*.tar"))) == 10
+    assert len(list(root.glob("store/shard/*/*.tar"))) == 15
     assert all(tar.stat().st_mtime_ns == made for tar, made in kept.items() if tar.stem in receipts), (
         "nothing twice"
     )
