@@ -26,8 +26,9 @@ def check_spec(spec: StageSpec) -> None:
     """Raises UserError when the connected cluster can never run `spec`."""
     stage, gpus = STAGES[spec.stage], cluster.num_gpus()
     if spec.fanout.num_gpus > gpus:
+        advice = f"use at most {gpus}" if gpus else "set it to 0 to work on CPUs"
         raise UserError(
-            f"fanout.num_gpus={spec.fanout.num_gpus:g}, but the cluster has {gpus} GPUs: use at most {gpus}"
+            f"fanout.num_gpus={spec.fanout.num_gpus:g}, but the cluster has {gpus} GPUs: {advice}"
         )
     stage.check(stage.config.model_validate(spec.config))
 
