@@ -46,18 +46,3 @@ class Ema:
     def state_dict(self) -> dict[str, Tensor]:
         """Parameter name -> averaged weights."""
         return dict(zip(self.names, self.shadow, strict=True))
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over averages saved by `state_dict`, given as whole tensors. Raises KeyError on a missing name."""
-        for name, average in zip(self.names, self.shadow, strict=True):
-            average.copy_(_sharded_like(average, state[name]))
-
-
-def _sharded_like(target: Tensor, whole: Tensor) -> Tensor:
-    mesh = getattr(target, "device_mesh", None)
-    if mesh is None:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(target.device), mesh, target.placements)  # type: ignore[attr-defined]

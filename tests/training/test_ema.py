@@ -71,11 +71,3 @@ def test_what_is_not_trained_is_not_averaged() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     model[1].bias.requires_grad_(False)
     assert sorted(Ema(model, 0.9).state_dict()) == ["0.bias", "0.weight", "1.weight"]
-
-
-def test_averages_are_taken_over_by_name() -> None:
-    ema, other = Ema(_model(1.0), 0.9), Ema(_model(2.0), 0.9)
-    ema.load_state_dict(other.state_dict())
-    assert ema.state_dict()["weight"].tolist() == [[2.0, 2.0]] * 3
-    with pytest.raises(KeyError, match="bias"):
-        ema.load_state_dict({"weight": torch.zeros(3, 2)})
