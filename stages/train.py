@@ -16,6 +16,7 @@ from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import FileRecord, Snapshot, file_record, load_snapshot
 from stages import cluster, model_card, train_worker
+from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit
 from training import checkpoint, sinks
@@ -166,7 +167,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     records = storage.local_path(workspace.folder).resolve() / "_meta" / "ray"
     shutil.rmtree(records, ignore_errors=True)  # Ray refuses to go on from a truncated record of its own
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(train_worker.Board).remote()  # no worker's node
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # no worker's node
     trainer = TorchTrainer(
         train_worker.work,
         train_loop_config={

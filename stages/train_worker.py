@@ -22,21 +22,6 @@ from training.sinks import Sinks
 from training.systems.system import Batch, Trainable, TrainConfig
 
 
-class Board:
-    """An actor that holds the newest progress of rank 0."""
-
-    def __init__(self) -> None:
-        self.row = (-1, 0.0, 0.0)
-
-    def write(self, step: int, loss: float, rate: float) -> None:
-        """Takes the newest (step, loss, samples per second)."""
-        self.row = (step, loss, rate)
-
-    def read(self) -> tuple[int, float, float]:
-        """What was written last; step -1 before that."""
-        return self.row
-
-
 def work(spec: dict[str, Any]) -> None:
     """Trains what `spec` says to its end, as one of the ranks; rank 0 publishes. Resumes from the newest checkpoint."""
     folder, config = storage.local_path(spec["folder"]), spec["config"]

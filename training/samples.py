@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from training import distributed, execution
 from training.checkpoint import TrainState
@@ -16,7 +16,7 @@ from training.randomness import Draws
 from training.systems.system import Batch, Trainable, TrainConfig
 from training.validation import SEED, HeldOut
 
-COUNT, COLUMNS = 8, 8
+COUNT, COLUMNS, GAP = 8, 8, 2
 SMALLEST_SIDE = 64
 """Pictures below this many pixels are enlarged by whole factors, so that eyes can judge them."""
 
@@ -47,6 +47,19 @@ def write_samples(
         return
     factor = -(-SMALLEST_SIDE // pictures.shape[-1])
     pictures = pictures.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(pictures, nrow=COLUMNS, padding=2, pad_value=255)
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(folder / f"step_{state.clock:08d}.png")
+    Image.fromarray(grid(pictures).numpy()).save(folder / f"step_{state.clock:08d}.png")
+
+
+def grid(pictures: Tensor) -> Tensor:
+    """`pictures` (n, 3, H, W) uint8 in rows of COLUMNS, GAP white pixels around each: (rows * (H + GAP) + GAP, ..., 3) uint8."""
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    apart = F.pad(pictures, (GAP, 0, GAP, 0), value=255)
+    _, channels, height, width = apart.shape
+    cells = apart.new_full((rows * columns, channels, height, width), 255)
+    cells[: len(apart)] = apart
+    cells = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
+    return F.pad(
+        cells.reshape(channels, rows * height, columns * width), (0, GAP, 0, GAP), value=255
+    ).permute(1, 2, 0)
