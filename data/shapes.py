@@ -47,8 +47,9 @@ POSITIONS = {
 """Offset of the centroid from the centre of the picture in pixels, x to the right, y down."""
 HELDOUT_PAIRS = frozenset({("purple", "star"), ("orange", "square"), ("green", "triangle")})
 
-POSITION_JITTER = 0.75
-SCALE_JITTER = 0.06
+POSITION_JITTER = 0.25
+SCALE_JITTER = 0.02
+"""Pixels and share: enough that no two pictures of a scene need be alike, little enough to be learned in minutes."""
 
 _PREPOSITIONS = {"left": "on", "right": "on", "top": "at", "bottom": "at", "centre": "in"}
 _PHRASINGS = (

@@ -120,7 +120,7 @@ def demo() -> Recipe:
             text_layers=2,
             context_length=24,
             max_shift=0,
-            max_steps=1400,
+            max_steps=700,
             validate_every=350,
             batch_size=128,
             learning_rate=1.5e-3,
@@ -129,13 +129,13 @@ def demo() -> Recipe:
         ),
         vae=VaeConfig(
             latent_channels=8,
-            block_out_channels=(16, 32, 64),
+            block_out_channels=(16, 32, 32),
             norm_num_groups=2,
             l1_weight=0.0,
             mse_weight=4.0,
             kl_weight=1e-5,
-            max_steps=1700,
-            validate_every=425,
+            max_steps=1000,
+            validate_every=500,
             batch_size=16,
             learning_rate=2e-3,
             adam_beta2=0.95,
@@ -143,7 +143,7 @@ def demo() -> Recipe:
             ema_decay=0.995,
         ),
         prior=PriorConfig(
-            max_steps=400, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
+            max_steps=300, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
         ),
         denoiser=DenoiserConfig(
             block_out_channels=(64, 128),
