@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -292,49 +290,12 @@ def held_out_batches(
         yield on_device({**columns.batch(names, indices), "position": torch.from_numpy(indices)}, device)
 
 
-def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, made by a background thread up to `depth` ahead; its exceptions are raised here."""
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def fill() -> None:
-        try:
-            for item in items:
-                if not _offer(ready, (item, None), stopped):
-                    return
-            _offer(ready, (None, StopIteration()), stopped)
-        except BaseException as error:
-            _offer(ready, (None, error), stopped)
-
-    threading.Thread(target=fill, daemon=True, name="darkroom-prefetch").start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-
-
 def pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows (T_i, D) as one zero-padded (n, length, D) float32 array, and their lengths (n,) int64."""
     values = np.zeros((len(rows), length, rows[0].shape[-1]), np.float32)
     for i, row in enumerate(rows):
         values[i, : len(row)] = row
     return values, np.array([len(row) for row in rows], np.int64)
-
-
-def _offer(ready: queue.Queue, entry: tuple, stopped: threading.Event) -> bool:
-    while not stopped.is_set():
-        try:
-            ready.put(entry, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
 
 
 def _counted_rows(snapshot: Snapshot, is_filtered: bool) -> tuple[list[int], list[int]]:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import torch
 
 from data import storage
+from data.ahead import prefetch
 from data.config import result_fields
-from data.loader import ColumnSet, batches, held_out_batches, key_at, prefetch
+from data.loader import ColumnSet, batches, held_out_batches, key_at
 from data.manifest import Snapshot
 from training import distributed, loop
 from training.checkpoint import TrainState

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import columns, loader, manifest, opened
+from data.ahead import prefetch
 from data.errors import CorruptArtifact, ShardMismatch, UserError
-from data.loader import ColumnSet, batches, pad, prefetch
+from data.loader import ColumnSet, batches, pad
 from data.manifest import Ledger, ShardRecord, Snapshot, keys_digest
 from data.order import SampleOrder
 from data.shards import ShardConfig, write_shard

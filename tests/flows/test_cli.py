@@ -154,7 +154,7 @@ def test_ctrl_c_is_exit_code_130_and_says_what_resumes(monkeypatch, capsys):
     def interrupted(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_recipes", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
     assert cli.main(["recipes"]) == 130
     assert capsys.readouterr().err == "darkroom: stopped; the same command resumes\n"
 

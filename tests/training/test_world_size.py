@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from data import columns
-from data.loader import ColumnSet, batches, prefetch
+from data.ahead import prefetch
+from data.loader import ColumnSet, batches
 from data.manifest import ShardRecord, Snapshot
 from training import distributed, loop
 from training.randomness import Draws

@@ -1,0 +1,196 @@
+"""The command line: every command and option that there is, and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = "darkroom: develops image-text pairs into an evaluated text-to-image model."
+EXAMPLES = """examples:
+  darkroom run demo                                  shapes, tiny networks: a whole system in minutes, no GPU, no network
+  darkroom plan demo --set denoiser.max_steps=3000   what that would run again, and why
+  darkroom run demo --data ~/pictures                your own folder: metadata.jsonl, or NAME.jpg beside NAME.txt
+  darkroom prepare ~/pictures --set clip.pretrained=runs/store/clip/…
+  darkroom evaluate latest --sweep guidance_scale=1,2,4    the trade-off of a setting, on the run's page
+  darkroom compare RUN RUN                           their scores, and the paired interval of each difference
+  darkroom generate latest "a large red star in the centre of a white background"
+  darkroom score --real photos --fake generated --extractor clip=runs/store/clip/…
+
+exit codes: 0 done, 1 failed, 2 wrong input. Rerunning the same command resumes; finished work is never redone.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; frozen by a test."""
+    top = argparse.ArgumentParser(
+        prog="darkroom",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    plan = _command(commands, "plan", "say what a run would do, and why, without starting anything")
+    _recipe_options(plan)
+    plan.add_argument("--check", action="store_true", help="exit 1 when anything is pending")
+    run = _command(commands, "run", "carry a recipe out to its report")
+    _recipe_options(run)
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone; what it needs must be cached")
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    _address(run)
+    prepare = _command(commands, "prepare", "preprocess alone: shards, and a column for each encoder given")
+    prepare.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder, table or .tar archives ({00..99} in braces) of image-text pairs, here or at a URL such as s3://…",
+    )
+    _common_options(prepare)
+    _address(prepare)
+    generate = _command(commands, "generate", "draw images for prompts with a finished run")
+    generate.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    generate.add_argument("prompts", metavar="PROMPT", nargs="+")
+    generate.add_argument(
+        "--count", type=_positive, default=1, metavar="N", help="images per prompt (default: 1)"
+    )
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="image i is a function of (seed, i) (default: 0)"
+    )
+    generate.add_argument("--guidance-scale", type=float, metavar="G", help="default: the run's own")
+    generate.add_argument(
+        "--steps", type=_positive, metavar="N", help="denoising steps (default: the run's own)"
+    )
+    generate.add_argument(
+        "--out", default="generated", metavar="DIR", help="where the PNG files go (default: ./generated)"
+    )
+    _root(generate)
+    export = _command(
+        commands,
+        "export",
+        "write a finished run as a folder that diffusers' StableUnCLIPPipeline and StableUnCLIPImg2ImgPipeline load",
+    )
+    export.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    export.add_argument("out", metavar="DIR", help="an empty folder, or one to be made")
+    _root(export)
+    verify = _command(
+        commands, "verify", "check every digest, count and join under a root, store or artifact"
+    )
+    verify.add_argument("uri", metavar="URI")
+    verify.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    verify.add_argument(
+        "--repair", action="store_true", help="make again what can be made again, then verify once more"
+    )
+    _address(verify)
+    index = _command(
+        commands, "index", "write the index that another reader wants beside the shards of a data set"
+    )
+    index.add_argument("uri", metavar="URI", help="the folder of a shard artifact")
+    index.add_argument("--kind", required=True, choices=("wids", "sizes", "energon"), help="whose index")
+    index.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where it goes (default: a sub-folder that img2dataset does not look into)",
+    )
+    report = _command(commands, "report", "print the path of a run's page")
+    report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    _root(report)
+    _evaluation_commands(commands)
+    _command(commands, "recipes", "list the recipes")
+    return top
+
+
+def _evaluation_commands(commands: Any) -> None:
+    score = _command(
+        commands, "score", "measure a folder of generated pictures against real ones; needs no run"
+    )
+    score.add_argument(
+        "--real", required=True, metavar="DIR|NPZ", help="folder of real pictures, or a statistics file"
+    )
+    score.add_argument("--fake", required=True, metavar="DIR", help="folder of generated pictures")
+    score.add_argument(
+        "--metrics", default="", metavar="A,B", help="default: all common ones that the extractors allow"
+    )
+    score.add_argument(
+        "--extractor",
+        action="append",
+        default=[],
+        metavar="NAME[:custom]=PATH",
+        help="inception=FILE.pth, clip=FOLDER, dinov2=FOLDER; inception:custom= for other weights; repeatable",
+    )
+    score.add_argument("--save-real", metavar="NPZ", help="keep what --real gave, for --real NPZ next time")
+    score.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    evaluate = _command(commands, "evaluate", "evaluate a finished run at several settings of its sampler")
+    evaluate.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    evaluate.add_argument(
+        "--sweep",
+        required=True,
+        metavar="FIELD=V1,V2,…",
+        help="a setting of sampling and its values, such as guidance_scale=1,1.5,2,3,5,8 or num_inference_steps=10,20,50",
+    )
+    evaluate.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    evaluate.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")
+    _root(evaluate)
+    _address(evaluate)
+    compare = _command(
+        commands, "compare", "hold runs against the first, metric by metric, under one protocol"
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="runs under the root, or latest; two or more")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field of the protocol that is under comparison besides the weights, such as guidance_scale; repeatable",
+    )
+    compare.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(compare)
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text)
+
+
+def _recipe_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", metavar="RECIPE", help="a name from `darkroom recipes`")
+    sub.add_argument(
+        "--data",
+        metavar="SRC",
+        help="folder, table or .tar archives of image-text pairs instead of the recipe's source, here or at a URL",
+    )
+    _common_options(sub)
+
+
+def _common_options(sub: argparse.ArgumentParser) -> None:
+    _root(sub)
+    sub.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change one setting; repeatable",
+    )
+    sub.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="attempt rows again that failed for a reason that may pass (a timeout, a busy server)",
+    )
+    sub.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else there")
+    sub.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")
+
+
+def _root(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--root", default="./runs", metavar="URL", help="where artifacts and runs lie (default: ./runs)"
+    )
+
+
+def _address(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
