@@ -92,18 +92,18 @@ class Recipe(Config):
 
 
 EXPECTED_SECONDS = {
-    "shard": 5.0,
-    "clip": 94.0,
-    "embed": 8.0,
-    "vae": 110.0,
-    "encode": 11.0,
-    "prior": 47.0,
-    "denoiser": 236.0,
-    "generate": 28.0,
-    "evaluate": 12.0,
+    "shard": 18.0,
+    "clip": 250.0,
+    "embed": 25.0,
+    "vae": 270.0,
+    "encode": 25.0,
+    "prior": 120.0,
+    "denoiser": 1000.0,
+    "generate": 120.0,
+    "evaluate": 25.0,
     "report": 1.0,
 }
-"""Wall time of the demo's stages, measured on two cores of a server CPU; a root's own timings replace them."""
+"""Wall time of the demo's stages, measured on two cores of an old server CPU (AVX2 alone); a root's own timings replace them."""
 
 
 def demo() -> Recipe:
