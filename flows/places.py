@@ -58,6 +58,7 @@ def _reachable(url: str) -> str:
 
 
 def make_folder(root: str) -> None:
+    """Makes `root` where it is a local folder that is not there yet; raises UserError where it cannot be made or written."""
     if not storage.is_local(root):
         return
     try:
