@@ -26,8 +26,11 @@ endef
 	$(call install_set,.[dev])
 	touch $@
 
+# Two files of tests at a time: starting Ray and Prefect is mostly one process that imports.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not peers and not faults"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not peers and not faults"
 
 test-peers: .venv/.installed-dev
 	$(BIN)/python -m pytest -m peers
@@ -36,7 +39,7 @@ test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults
 
 test-fast: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
