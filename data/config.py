@@ -21,6 +21,13 @@ def operational(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **constraints)
 
 
+def listed(value: Any) -> Any:
+    """`value` as it is, or what a command line lists in it: a JSON array, or words between commas."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+
+
 def result_fields(config: BaseModel) -> dict[str, Any]:
     """The JSON-ready fields of `config` that may change a result: all but the operational ones, at every depth."""
     fields: dict[str, Any] = {}

@@ -106,5 +106,33 @@ COLUMNS: dict[str, Column] = {
             shape=(2048,),
             meaning="pool3 features of FID's Inception under the tf1 resize rule",
         ),
+        Column(
+            name="inception_clean",
+            kind="array",
+            dtype="<f4",
+            shape=(2048,),
+            meaning="pool3 features of FID's Inception under the clean resize rule",
+        ),
+        Column(
+            name="original_inception",
+            kind="array",
+            dtype="<f4",
+            shape=(2048,),
+            meaning="as inception, of the pictures that the VAE is held against",
+        ),
+        Column(
+            name="reconstructed_inception",
+            kind="array",
+            dtype="<f4",
+            shape=(2048,),
+            meaning="as inception, of these pictures after the VAE's encoder and decoder",
+        ),
+        Column(
+            name="dinov2",
+            kind="array",
+            dtype="<f4",
+            shape=(None,),
+            meaning="class token (D,) of DINOv2 after its last norm",
+        ),
     )
 }

@@ -10,7 +10,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from data.config import Config, operational
+from data.config import Config, listed, operational
 from data.errors import UnknownPath, UserError
 from data.shards import ShardConfig
 from data.sources import SourceConfig
@@ -56,12 +56,7 @@ class EvaluationConfig(GenerateConfig, EvaluateConfig):
                 )
         return self
 
-    @field_validator("gates", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        return json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+    _listed_gates = field_validator("gates", mode="before")(listed)
 
     @field_validator("gates")
     @classmethod

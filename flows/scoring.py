@@ -16,7 +16,7 @@ from data.errors import UserError
 from training.metrics import references
 from training.metrics.catalogue import METRICS, Sample
 from training.metrics.extraction import extract, extract_arrays, picture_files, require_finite_rows
-from training.metrics.extractors import WEIGHTS, Extractor, load, parse
+from training.metrics.extractors import WEIGHTS, Extractor, load, parse, weights_of
 from training.metrics.frechet import Gaussian
 from training.metrics.protocol import Protocol
 
@@ -103,7 +103,7 @@ def _chosen(wanted: Sequence[str], given: dict[str, tuple[str, bool]], *, has_ca
 
 
 def _weights_of(metric: str) -> str:
-    return METRICS[metric].extractor.removesuffix("_clean")
+    return weights_of(METRICS[metric].extractor)
 
 
 def _names_of(weights: str) -> str:
@@ -112,7 +112,7 @@ def _names_of(weights: str) -> str:
 
 def _loaded(names: Sequence[str], given: dict[str, tuple[str, bool]]) -> list[Extractor]:
     needed = dict.fromkeys(METRICS[name].extractor for name in names)
-    places = {name: given[name.removesuffix("_clean")] for name in needed}
+    places = {name: given[weights_of(name)] for name in needed}
     return [load(name, path, is_custom=is_custom) for name, (path, is_custom) in places.items()]
 
 

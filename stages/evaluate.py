@@ -1,6 +1,6 @@
 """Generated images -> scores: features by fan-out, then every metric from the stored features, each with its interval.
 
-Legend: B images of a block, D embedding width, H W pixels, N images in all.
+Legend: N generated images, M real ones that they are compared with, K real ones for the parts, D feature width.
 """
 
 from __future__ import annotations
@@ -8,32 +8,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from data import columns, storage
 from data.checksums import checksum_of
-from data.config import Config
+from data.config import Config, listed
 from data.errors import StageFailed, UserError
 from data.loader import ColumnSet
-from data.manifest import ShardRecord, Snapshot, file_record, keys_digest
+from data.manifest import ShardRecord, Snapshot, file_record
 from data.sources import Prompt
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
-from stages.prompts import FILE, read_prompts
-from training.distributed import device
-from training.encoders import ClipEncoder, VaeEncoder
-from training.metrics import comparison, inception, scores
-from training.metrics.clip_score import clip_score
-from training.metrics.moments import Moments, moments_of
+from stages.measured_under import Against, Looked, clip_of, protocol_of
+from stages.measuring import GENERATED, ORIGINAL, PARTS, RECONSTRUCTED, REFERENCE, Measuring
+from stages.prompts import read_prompts
+from training.metrics import comparison, extractors, inception, scores
+from training.metrics.catalogue import METRICS, Metric, Sample
+from training.metrics.frechet import Gaussian
+from training.metrics.intervals import Deletions, Estimate
 from training.metrics.prompt_accuracy import prompt_accuracy
-from training.metrics.protocol import Protocol
 from training.metrics.references import read_reference
-from training.randomness import Draws
-from training.systems.unclip import Sampling, Unclip
+from training.systems.embeddings import spread_indices
 
 BLOCK = 50
 SCORES = "scores.json"
@@ -42,16 +40,79 @@ SCORES = "scores.json"
 class EvaluateConfig(Config):
     """What is measured."""
 
+    metrics: tuple[str, ...] = Field(
+        (),
+        description="metrics beside the usual ones of CLIP and of the extractors given: "
+        + ", ".join(name for name, metric in METRICS.items() if not metric.by_default),
+    )
     inception: str | None = Field(
         None, description="path of FID's Inception weights (pt_inception-2015-12-05); None: no FID"
+    )
+    inception_is_custom: bool = Field(
+        False, description="take other weights of that network than the published ones: another protocol"
+    )
+    dinov2: str | None = Field(
+        None, description="folder with the files of facebook/dinov2-large; None: no fd_dinov2"
     )
     reference: str | None = Field(
         None,
         description="path of an npz with mu and sigma of real images' Inception features, for FID; None: the training images",
     )
-    reconstruction_images: int = Field(
-        256, ge=2, description="real images for the VAE's PSNR and the prior's diagnostics"
+    reference_images: int = Field(
+        50_000, ge=2, description="most training images that the generated are compared with, evenly spread"
     )
+    reconstruction_images: int = Field(
+        256, ge=2, description="real images for the VAE's reconstruction and the prior's diagnostics"
+    )
+
+    _listed = field_validator("metrics", mode="before")(listed)
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        for name in self.metrics:
+            if name not in METRICS:
+                raise ValueError(f"there is no metric {name}; there are {', '.join(METRICS)}")
+            kind = extractors.weights_of(METRICS[name].extractor)
+            if kind not in self.weights and kind != "clip":
+                raise ValueError(f"metric {name} needs evaluate.{kind}: {extractors.WEIGHTS[kind]}")
+            if self._lacks_pictures(METRICS[name]):
+                raise ValueError(
+                    f"metric {name} needs the features of real images, and evaluate.reference has a mean and a covariance "
+                    "alone: leave one of the two out"
+                )
+        return self
+
+    @property
+    def weights(self) -> dict[str, tuple[str, bool]]:
+        """What `training.metrics.extractors.load` takes, by kind of weights."""
+        given = {"inception": (self.inception, self.inception_is_custom), "dinov2": (self.dinov2, False)}
+        return {kind: (path, custom) for kind, (path, custom) in given.items() if path}
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Metrics of the catalogue that are computed."""
+        usual = [
+            name
+            for name, metric in METRICS.items()
+            if metric.by_default
+            and (metric.extractor == "clip" or metric.extractor in self.weights)
+            and not self._lacks_pictures(metric)
+        ]
+        return tuple(dict.fromkeys((*usual, *self.metrics)))
+
+    @property
+    def extractors(self) -> tuple[str, ...]:
+        """Extractors beside the run's own CLIP."""
+        return tuple(
+            dict.fromkeys(METRICS[n].extractor for n in self.chosen if METRICS[n].extractor != "clip")
+        )
+
+    def _lacks_pictures(self, metric: Metric) -> bool:
+        kind = extractors.weights_of(metric.extractor)
+        moments_alone = metric.extractor == "inception" and metric.needs != "real"
+        return (
+            bool(self.reference) and kind == "inception" and metric.needs != "nothing" and not moments_alone
+        )
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
@@ -59,7 +120,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     started = time.monotonic()
     parents = {role: snapshot.digest for role, snapshot in inputs.items()}
     tasks = _tasks(config, inputs, parents)
-    arguments = {"inputs": [(r, s.model_dump(), s.folder) for r, s in inputs.items()], "config": config}
+    weights = {name: config.weights[extractors.weights_of(name)] for name in config.extractors}
+    arguments = {"inputs": [(r, s.model_dump(), s.folder) for r, s in inputs.items()], "weights": weights}
     records = map_shards(Measuring, arguments, tasks, workspace)
     by_kind: dict[str, list[ShardRecord]] = {}
     for task, record in zip(tasks, records, strict=True):
@@ -74,9 +136,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
 
 
-def reference_statistics(path: str) -> Moments:
-    """Moments of real images' Inception features from a file that `training.metrics.references` reads; a file that does not
-    tell how many images it is of counts as one more than their width.
+def reference_statistics(path: str) -> Gaussian:
+    """Statistics of real images' Inception features from a file that `training.metrics.references` reads.
 
     Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width.
     """
@@ -88,154 +149,123 @@ def reference_statistics(path: str) -> Moments:
             f"evaluate.reference={path} has features of width {len(gaussian.mean)}, and Inception's are {inception.WIDTH}: it "
             "is of another extractor"
         )
-    n = gaussian.n or inception.WIDTH + 1
-    return Moments(n=n, mean=gaussian.mean, m2=gaussian.covariance * (n - 1))
+    return gaussian
 
 
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:
     payloads: list[tuple[dict[str, Any], int]] = [
-        ({"kind": "fake", "block": shard.index}, shard.samples) for shard in inputs["generate"].shards
+        ({"kind": GENERATED, "block": shard.index}, shard.samples) for shard in inputs["generate"].shards
     ]
-    total, chosen = _count(inputs), _real_rows(config, inputs)
-    for start in range(0, len(chosen), BLOCK):
-        rows = chosen[start : start + BLOCK].tolist()
-        payloads.append(({"kind": "real", "rows": rows}, len(rows)))
-    if config.inception and not config.reference:
-        for start in range(0, total, BLOCK):
-            rows = list(range(start, min(start + BLOCK, total)))
-            payloads.append(({"kind": "reference", "rows": rows}, len(rows)))
+    wanted: list[tuple[dict[str, Any], list[int]]] = [
+        ({"kind": PARTS}, spread_indices(_count(inputs), config.reconstruction_images))
+    ]
+    if looking := _looking_at_real(config):
+        rows = spread_indices(_count(inputs), config.reference_images)
+        wanted.append(({"kind": REFERENCE, "extractors": looking}, rows))
+    for what, rows in wanted:
+        parts = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+        payloads += [({**what, "rows": part}, len(part)) for part in parts]
     return [ShardTask(index, payload, parents, weight) for index, (payload, weight) in enumerate(payloads)]
 
 
-class Measuring:
-    """The per-block function: features of generated images, reconstructions and predictions for real ones."""
-
-    def __init__(self, inputs: Sequence[tuple[str, dict, str]], config: EvaluateConfig) -> None:
-        self.inputs = {r: Snapshot.model_validate(s).model_copy(update={"folder": f}) for r, s, f in inputs}
-        folder = {role: snapshot.folder for role, snapshot in self.inputs.items()}
-        self.clip = ClipEncoder.load(folder["clip"], device())
-        self.vae = VaeEncoder.load(folder["vae"], device())
-        self.system = Unclip.load(
-            folder["clip"], folder["vae"], folder["prior"], folder["denoiser"], device()
-        )
-        self.inception = inception.load_inception(config.inception).to(device()) if config.inception else None
-        self.data = ColumnSet([self.inputs["data"], self.inputs["embed"]])
-        self.prompts = read_prompts(folder["generate"])
-        self.sampling = Sampling.model_validate(
-            {k: v for k, v in self.inputs["generate"].config.items() if k in Sampling.model_fields}
-        )
-
-    def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
-        measure = {"fake": self._fake, "real": self._real, "reference": self._reference}[task.payload["kind"]]
-        keys, arrays = measure(task.payload)
-        files = tuple(
-            columns.write_array(folder, name, task.index, values) for name, values in arrays.items()
-        )
-        return ShardRecord(
-            index=task.index,
-            samples=len(keys),
-            keys=keys_digest(keys),
-            files=files,
-            parents=dict(task.parents),
-        )
-
-    def _fake(self, payload: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-        images = columns.open_array(self.inputs["generate"].folder, "generated", payload["block"])
-        shards = self.inputs["generate"].shards
-        start = sum(shard.samples for shard in shards if shard.index < payload["block"])
-        texts = [p.text for p in self.prompts[start : start + len(images)]]
-        pixels = _pixels(images)
-        arrays = {"img_emb": _numpy(self.clip.image(pixels)), "text_emb": _numpy(self.clip.text(texts)[0])}
-        if self.inception is not None:
-            arrays["inception"] = _numpy(inception.features(self.inception, pixels))
-        return [f"{start + i:09d}" for i in range(len(images))], arrays
-
-    def _real(self, payload: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-        rows = payload["rows"]
-        moments = self.vae.encode(_pixels(self.data.rows("image", rows)))
-        mean = moments.chunk(2, dim=1)[0]  # (B, C, h, w)
-        decoded = self.vae.decode(mean).permute(0, 2, 3, 1).cpu().numpy()
-        draws = Draws(0, torch.tensor(rows, device=device()))
-        predicted = self.system.predict_image_embedding(self.data.captions(rows), draws, self.sampling)
-        predicted = torch.nn.functional.normalize(predicted, dim=-1)
-        arrays = {"reconstructed": np.ascontiguousarray(decoded), "predicted_emb": _numpy(predicted)}
-        return self.data.keys(rows), arrays
-
-    def _reference(self, payload: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-        assert self.inception is not None
-        rows = payload["rows"]
-        features = inception.features(self.inception, _pixels(self.data.rows("image", rows)))
-        return self.data.keys(rows), {"inception": _numpy(features)}
+def _looking_at_real(config: EvaluateConfig) -> list[str]:
+    """Extractors whose features of the training images are wanted."""
+    compared = {METRICS[n].extractor for n in config.chosen if METRICS[n].needs in ("reference", "real")}
+    return [n for n in config.extractors if n in compared and not (n == "inception" and config.reference)]
 
 
 def _measure(
     config: EvaluateConfig, inputs: Inputs, folder: str, measured: Mapping[str, Sequence[ShardRecord]]
 ) -> dict[str, Any]:
     """Every metric, from stored features: what `scores.json` holds."""
-    data = ColumnSet([inputs["data"], inputs["embed"]])
     prompts = read_prompts(inputs["generate"].folder)
     images = _stored(inputs["generate"].folder, "generated", inputs["generate"].shards)
-    fake = {name: _stored(folder, name, measured["fake"]) for name in ("img_emb", "text_emb")}
-    rows = _real_rows(config, inputs)
     truths = [prompt.truth for prompt in prompts]
-    cosines = scores.prior_cosines(
-        _stored(folder, "predicted_emb", measured["real"]),
-        data.rows("img_emb", rows),
-        data.rows("text_emb", rows),
-    )
-    real = data.rows("img_emb", range(len(data)))
-    found = [
-        *scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts]),
-        *scores.embedding_scores(real, fake["img_emb"], fake["text_emb"]),
-        scores.reconstruction_score(
-            data.rows("image", rows), _stored(folder, "reconstructed", measured["real"])
-        ),
-        cosines["prior_cosine"],
-    ]
     correct = _correct(images, prompts)
-    deletions = {
-        "fd_clip": comparison.frechet_deletions(moments_of(real), fake["img_emb"]),
-        "cmmd": comparison.cmmd_deletions(real, fake["img_emb"]),
-        "clip_score": comparison.mean_deletions(clip_score(fake["img_emb"], fake["text_emb"]).per_sample),
-        **_accuracy_deletions(correct, prompts),
-    }
-    if config.inception:
-        reference = (
-            reference_statistics(config.reference)
-            if config.reference
-            else moments_of(_stored(folder, "inception", measured["reference"]))
-        )
-        generated = _stored(folder, "inception", measured["fake"])
-        found.append(scores.fid_score(reference, generated))
-        deletions["fid"] = comparison.frechet_deletions(
-            reference, generated, max_blocks=scores.JACKKNIFE_BLOCKS
-        )
-    rows_of = [
-        comparison.Measured(
-            **score.model_dump(),
-            protocol=_protocol(score, config, inputs),
-            deletions=deletions.get(score.name),
-        )
-        for score in found
+    found: list[tuple[scores.Score, Deletions | None]] = [
+        (score, _accuracy_deletions(score.name, correct, prompts))
+        for score in scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts])
     ]
+    looked, against = {"clip": clip_of(inputs)}, {"parts": _training_images(inputs)}
+    for name in ("clip", *config.extractors):
+        sample, looked[name], against[name] = _sample(name, config, inputs, folder, measured)
+        mine = [metric for metric in config.chosen if METRICS[metric].extractor == name]
+        found += [scores.distribution_score(metric, sample) for metric in mine]
+    cosines, of_parts = _parts(config, inputs, folder, measured[PARTS])
+    found += [(score, None) for score in of_parts]
     return {
-        "scores": [row.model_dump(mode="json") for row in rows_of],
-        "prior": [score.model_dump() for score in cosines.values()],
+        "scores": [
+            _row(score, deletions, inputs, looked, against).model_dump(mode="json")
+            for score, deletions in found
+        ],
+        "prior": [score.model_dump() for score in cosines],
         "attributes": _attributes(images, prompts),
         "correct": correct,
     }
 
 
+def _row(
+    score: scores.Score, deletions: Deletions | None, inputs: Inputs, looked: Looked, against: Against
+) -> comparison.Measured:
+    protocol = protocol_of(score, inputs, looked, against)
+    return comparison.Measured(**score.model_dump(), protocol=protocol, deletions=deletions)
+
+
+def _sample(
+    name: str,
+    config: EvaluateConfig,
+    inputs: Inputs,
+    folder: str,
+    measured: Mapping[str, Sequence[ShardRecord]],
+) -> tuple[Sample, dict[str, Any], dict[str, Any]]:
+    """Features of one extractor, and the fields of a protocol that tell it and the real images."""
+    rows = spread_indices(_count(inputs), config.reference_images)
+    against = _training_images(inputs) | {"reference_n": len(rows)}
+    if name == "clip":
+        fake, text = (_stored(folder, column, measured[GENERATED]) for column in ("img_emb", "text_emb"))
+        real = ColumnSet([inputs["data"], inputs["embed"]]).rows("img_emb", rows)
+        return Sample(fake, Gaussian.fitted(real), real, text), clip_of(inputs), against
+    path, custom = config.weights[extractors.weights_of(name)]
+    looked = {
+        "extractor": name,
+        "extractor_digest": extractors.digest_of(name, path),
+        "resize": extractors.RESIZE[name],
+    }
+    fake, head = _stored(folder, name, measured[GENERATED]), None
+    if any(METRICS[n].needs == "nothing" and METRICS[n].extractor == name for n in config.chosen):
+        head = extractors.load(name, path, is_custom=custom).head
+    if name not in _looking_at_real(config):
+        reference = reference_statistics(config.reference) if config.reference else None
+        if config.reference and reference:
+            against = {"reference": checksum_of(config.reference).sha256, "reference_n": reference.n or 0}
+        return Sample(fake, reference, head=head), looked, against
+    real = _stored(folder, name, measured[REFERENCE])
+    return Sample(fake, Gaussian.fitted(real), real, head=head), looked, against
+
+
+def _parts(
+    config: EvaluateConfig, inputs: Inputs, folder: str, records: Sequence[ShardRecord]
+) -> tuple[list[scores.Score], list[scores.Score]]:
+    """The prior's diagnostics, and the scores of the VAE and the prior."""
+    rows = spread_indices(_count(inputs), config.reconstruction_images)
+    data = ColumnSet([inputs["data"], inputs["embed"]])
+    predicted = _stored(folder, "predicted_emb", records)
+    cosines = scores.prior_cosines(predicted, data.rows("img_emb", rows), data.rows("text_emb", rows))
+    reconstructed = _stored(folder, "reconstructed", records)
+    found = scores.reconstruction_scores(data.rows("image", rows), reconstructed)
+    if "inception" in config.extractors:
+        originals, copies = (_stored(folder, column, records) for column in (ORIGINAL, RECONSTRUCTED))
+        found.append(scores.reconstruction_fid(originals, copies))
+    return list(cosines.values()), [*found, cosines["prior_cosine"]]
+
+
 def _accuracy_deletions(
-    correct: Sequence[bool | None], prompts: Sequence[Prompt]
-) -> dict[str, comparison.Deletions]:
-    found = {}
-    for name, wanted in (("prompt_accuracy", False), ("prompt_accuracy_heldout", True)):
-        pairs = zip(correct, prompts, strict=True)
-        right = [float(c) for c, prompt in pairs if c is not None and prompt.heldout is wanted]
-        if len(right) > 1:
-            found[name] = comparison.mean_deletions(np.array(right))
-    return found
+    name: str, correct: Sequence[bool | None], prompts: Sequence[Prompt]
+) -> Deletions | None:
+    heldout = name == "prompt_accuracy_heldout"
+    pairs = zip(correct, prompts, strict=True)
+    right = [float(c) for c, prompt in pairs if c is not None and prompt.heldout is heldout]
+    return Estimate.of_mean(np.array(right)).deletions if len(right) > 1 else None
 
 
 def _attributes(images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
@@ -261,69 +291,8 @@ def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool | None]
     return verdicts
 
 
-def _protocol(score: scores.Score, config: EvaluateConfig, inputs: Inputs) -> Protocol:
-    """What the value of `score` depends on, read from the snapshots that it was computed from."""
-    looked, against = {}, {"reference": inputs["data"].digest, "reference_n": _count(inputs)}
-    if score.name in ("fd_clip", "cmmd", "clip_score", "prior_cosine"):
-        looked = {
-            "extractor": "clip",
-            "extractor_digest": inputs["clip"].digest,
-            "resize": "the encoder's own",
-        }
-    elif score.name == "fid":
-        assert config.inception is not None
-        looked = {
-            "extractor": "inception",
-            "extractor_digest": checksum_of(config.inception).sha256,
-            "resize": "tf1",
-        }
-        if config.reference:
-            against = {
-                "reference": checksum_of(config.reference).sha256,
-                "reference_n": reference_statistics(config.reference).n,
-            }
-    elif score.name.startswith("prompt_accuracy"):
-        looked = {"extractor": "recogniser"}
-    if score.name == "vae_psnr":
-        made: dict[str, Any] = {"weights": {"vae": inputs["vae"].digest}}
-    elif score.name == "prior_cosine":
-        made = {"weights": {"prior": inputs["prior"].digest}, "sampling": _sampling(inputs, "prior_")}
-    else:
-        made = _drawn(inputs)
-        against = against if score.name in ("fd_clip", "cmmd", "fid") else {}
-    return Protocol(metric=score.name, n=score.n, **looked, **against, **made)
-
-
-def _drawn(inputs: Inputs) -> dict[str, Any]:
-    """How the generated pictures came about."""
-    drawn = inputs["generate"].config
-    prompts = next(f.sha256 for f in inputs["generate"].files if f.path == FILE)
-    return {
-        "prompts": prompts,
-        "images_per_prompt": drawn.get("images_per_prompt", 1),
-        "seeds": (drawn["seed"],),
-        "sampler": drawn.get("sampler", "dpm_solver"),
-        "num_inference_steps": drawn["num_inference_steps"],
-        "guidance_scale": drawn["guidance_scale"],
-        "sampling": _sampling(inputs, ""),
-        "weights": {role: inputs[role].digest for role in ("clip", "vae", "prior", "denoiser")},
-        "ema": bool(inputs["denoiser"].config.get("ema_decay")),
-    }
-
-
-def _sampling(inputs: Inputs, prefix: str) -> dict[str, Any]:
-    """The sampler's settings that have no field of their own in a protocol."""
-    named = {*Protocol.model_fields}
-    return {
-        name: inputs["generate"].config.get(name, field.default)
-        for name, field in Sampling.model_fields.items()
-        if name.startswith(prefix) and name not in named
-    }
-
-
-def _real_rows(config: EvaluateConfig, inputs: Inputs) -> np.ndarray:
-    total = _count(inputs)
-    return np.linspace(0, total - 1, min(total, config.reconstruction_images)).round().astype(int)
+def _training_images(inputs: Inputs) -> dict[str, Any]:
+    return {"reference": inputs["data"].digest, "reference_n": _count(inputs)}
 
 
 def _count(inputs: Inputs) -> int:
@@ -335,18 +304,9 @@ def _stored(folder: str, name: str, records: Sequence[ShardRecord]) -> np.ndarra
     return np.concatenate([columns.open_array(folder, name, record.index) for record in records])
 
 
-def _pixels(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 array -> (B, 3, H, W) tensor."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.float().cpu().numpy()
-
-
 STAGE = Stage(
     name="evaluate",
-    version=2,
+    version=3,
     reads=lambda _: frozenset({"image", "caption", "img_emb", "text_emb", "generated"}),
     writes=lambda _: frozenset(),
     config=EvaluateConfig,

@@ -56,12 +56,21 @@ LABELS = {
     "cmmd": "CMMD",
     "clip_score": "CLIP score",
     "vae_psnr": "VAE reconstruction",
+    "vae_ssim": "VAE reconstruction, SSIM",
+    "vae_rfid": "VAE reconstruction, FID",
     "prior_cosine": "Prior cosine",
     "fid": "FID",
+    "fd_dinov2": "FD on DINOv2 features",
+    "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
+    "inception_score": "Inception Score",
 }
 UNITS = {"prompt_accuracy": "%", "prompt_accuracy_heldout": "%", "vae_psnr": "dB"}
 HEADLINES = {"prompt_accuracy", "prompt_accuracy_heldout", "fd_clip", "clip_score", "fid"}
-PATHS = {"source": ("path",), "evaluate": ("prompts", "inception", "reference")}
+PATHS = {"source": ("path",), "evaluate": ("prompts", "inception", "dinov2", "reference")}
 """Section -> fields of the recipe that name a place."""
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "ray", "prefect")
 

@@ -97,3 +97,20 @@ def untrained_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return root, untrained.finish(untrained.plan_of(root))
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """Weights of FID's Inception, drawn at random so that no layer fades a picture out, as a file."""
+    import torch
+
+    from training.metrics.inception import build_inception
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    model = build_inception()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(model.state_dict(), path)
+    return path

@@ -55,6 +55,7 @@ def test_a_run_ends_with_a_report_and_a_sound_store(undisturbed):
         "cmmd",
         "clip_score",
         "vae_psnr",
+        "vae_ssim",
         "prior_cosine",
     } == set(printed["metrics"])
     page = Path(printed["report"]).read_text()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flows import cli
-from training.metrics.comparison import Measured, mean_deletions
+from training.metrics.comparison import Measured
+from training.metrics.intervals import Estimate
 from training.metrics.protocol import Protocol
 
 NOISE = np.random.default_rng(0).normal(size=64)
@@ -20,7 +21,7 @@ def score(name: str, mean: float, **protocol) -> Measured:
     fields = {"metric": name, "n": 64, "guidance_scale": 2.0, "weights": {"denoiser": str(mean)}} | protocol
     return Measured(
         name=name, value=float(values.mean()), low=mean - 1, high=mean + 1, n=64, better="higher", meaning="",
-        protocol=Protocol(**fields), deletions=mean_deletions(values),
+        protocol=Protocol(**fields), deletions=Estimate.of_mean(values).deletions,
     )  # fmt: skip
 
 

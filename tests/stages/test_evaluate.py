@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
@@ -21,6 +22,8 @@ from data.manifest import Snapshot
 from flows import runs
 from stages import evaluate, generate
 from stages.contract import FanoutConfig, Inputs, Workspace
+from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.neighbours import neighbours
 from training.metrics.protocol import Protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -131,3 +134,69 @@ def test_more_images_per_prompt_keep_the_first_of_each(untrained_run, tmp_path):
     one, two = images
     assert len(two) == 26 and not np.array_equal(two[0], two[1])
     assert np.abs(two[::2].astype(int) - one).max() <= 1, "blocks differ, and a sum rounds by its batch"
+
+
+def test_inception_weights_bring_its_metrics_and_the_reconstructions_own(
+    untrained_run, tmp_path, monkeypatch, inception_weights
+):
+    asked = {
+        "evaluate__inception": inception_weights,
+        "evaluate__inception_is_custom": True,
+        "evaluate__metrics": "fid_clean,caption_recall_1",
+        "evaluate__reference_images": 12,
+        "evaluate__reconstruction_images": 8,
+    }
+    plan = untrained.plan_of(untrained_run[0], **asked)
+    spec = next(runs.spec_of(plan, stage) for stage in plan.stages if stage.name == "evaluate")
+    monkeypatch.setattr(evaluate, "map_shards", untrained.inline)
+    monkeypatch.setattr(evaluate, "BLOCK", 50)
+    config = evaluate.EvaluateConfig.model_validate(spec.config)
+    workspace = Workspace(str(tmp_path / "out"), spec.fingerprint)
+    evaluate.run(config, {role: ref.open() for role, ref in spec.inputs.items()}, workspace)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/scores.json").read_text())["scores"]}
+    of_inception = [
+        "fid",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "inception_score",
+        "fid_clean",
+    ]
+    assert {*of_inception, "vae_rfid", "caption_recall_1"} < set(rows)
+    digest = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    for name in (*of_inception, "vae_rfid"):
+        protocol = Protocol.model_validate(rows[name]["protocol"])
+        assert (protocol.extractor_digest, protocol.resize) == (
+            digest, "clean" if name == "fid_clean" else "tf1"
+        )  # fmt: skip
+    assert rows["fid"]["protocol"]["reference_n"] == 12 and rows["vae_rfid"]["n"] == 8
+    assert rows["inception_score"]["protocol"]["reference"] == ""
+    features = [np.load(path) for path in sorted((tmp_path / "out/inception").glob("*.npy"))]
+    fake, real = np.concatenate(features[:-1]), features[-1]
+    assert (len(fake), len(real)) == (26, 12)
+    assert rows["fid"]["value"] == pytest.approx(
+        frechet_distance(Gaussian.fitted(real), Gaussian.fitted(fake)).value
+    )
+    assert rows["coverage"]["value"] == neighbours(real, fake).coverage.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"metrics": "fod"}, "there is no metric fod; there are fid, "),
+        ({"metrics": "fid_clean"}, "metric fid_clean needs evaluate.inception: the file pt_inception"),
+        ({"metrics": ["fd_dinov2"]}, "needs evaluate.dinov2: a folder with the files of"),
+        ({"metrics": "kid", "inception": "w", "reference": "r.npz"}, "a mean and a covariance alone"),
+        ({"metrics": "fid_clean", "inception": "w", "reference": "r.npz"}, "leave one of the two out"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_refused_at_once(settings, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        evaluate.EvaluateConfig.model_validate(settings)
+
+
+def test_statistics_alone_leave_out_what_needs_pictures():
+    chosen = evaluate.EvaluateConfig(inception="w", reference="r.npz").chosen
+    assert {"fid", "inception_score", "fd_clip"} <= set(chosen) and not {"kid", "recall"} & set(chosen)

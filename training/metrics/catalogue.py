@@ -5,6 +5,7 @@ Legend: N real and M generated pictures, D feature width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +16,9 @@ import numpy as np
 from training.metrics import kernel, retrieval
 from training.metrics.clip_score import clip_score
 from training.metrics.extrapolation import frechet_at_infinity
-from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.frechet import Gaussian
 from training.metrics.inception_score import inception_score
-from training.metrics.intervals import frechet_interval, mean_interval
+from training.metrics.intervals import Deletions, Estimate, frechet_estimate, mean_interval
 from training.metrics.neighbours import DENSITY_K, PRECISION_K, Neighbours, neighbours
 
 FRECHET_BLOCKS = 16
@@ -31,6 +32,14 @@ class Value(NamedTuple):
     interval: tuple[float, float]
     note: str = ""
     """What belongs to this very value."""
+    deletions: Deletions | None = None
+    """For a paired comparison; None where the interval is not the jackknife over blocks of generated samples."""
+
+    @classmethod
+    def of(cls, found: Estimate, *, at_least: float = -math.inf) -> Value:
+        """`found`, its interval cut off below what the metric can be."""
+        low, high = found.interval
+        return cls(found.value, (max(low, at_least), max(high, at_least)), deletions=found.deletions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +87,8 @@ class Metric:
 
 
 def _frechet(sample: Sample) -> Value:
-    reference = _given(sample.reference)
-    value = frechet_distance(reference, Gaussian.fitted(sample.fake)).value
-    return Value(value, frechet_interval(reference, sample.fake, max_blocks=FRECHET_BLOCKS))
+    found = frechet_estimate(_given(sample.reference), sample.fake, max_blocks=FRECHET_BLOCKS)
+    return Value.of(found, at_least=0.0)
 
 
 def _infinity(sample: Sample) -> Value:
@@ -93,16 +101,11 @@ def _infinity(sample: Sample) -> Value:
 
 
 def _share(name: str) -> Callable[[Sample], Value]:
-    def compute(sample: Sample) -> Value:
-        share = getattr(sample.neighbours, name)
-        return Value(share.value, share.interval)
-
-    return compute
+    return lambda sample: Value.of(getattr(sample.neighbours, name))
 
 
 def _kid(sample: Sample) -> Value:
-    found = kernel.kid(_given(sample.real), sample.fake)
-    return Value(found.value, found.interval)
+    return Value.of(kernel.kid(_given(sample.real), sample.fake))
 
 
 def _kid_of_subsets(sample: Sample) -> Value:
@@ -111,32 +114,28 @@ def _kid_of_subsets(sample: Sample) -> Value:
 
 
 def _inception_score(sample: Sample) -> Value:
-    found = inception_score(sample.fake, _given(sample.head))
-    return Value(found.value, found.interval)
+    return Value.of(inception_score(sample.fake, _given(sample.head)))
 
 
 def _clip_score(sample: Sample) -> Value:
+    return Value.of(Estimate.of_mean(clip_score(sample.fake, _given(sample.text)).per_sample))
+
+
+def _clip_score_x100(sample: Sample) -> Value:
     found = clip_score(sample.fake, _given(sample.text))
-    return Value(found.mean, mean_interval(found.per_sample))
+    low, high = mean_interval(found.per_sample)
+    return Value(found.times_100, (100.0 * max(low, 0.0), 100.0 * max(high, 0.0)))
 
 
-def _scaled_clip_score(factor: float) -> Callable[[Sample], Value]:
-    def compute(sample: Sample) -> Value:
-        found = clip_score(sample.fake, _given(sample.text))
-        if factor == 100.0:
-            low, high = mean_interval(found.per_sample)
-            return Value(found.times_100, (100.0 * max(low, 0.0), 100.0 * max(high, 0.0)))
-        return Value(found.times_2_5, mean_interval(2.5 * np.maximum(found.per_sample, 0.0)))
-
-    return compute
+def _clip_score_x2_5(sample: Sample) -> Value:
+    found = clip_score(sample.fake, _given(sample.text))
+    return Value.of(Estimate.of_mean(2.5 * np.maximum(found.per_sample, 0.0)))
 
 
 def _recall(side: str, at: int) -> Callable[[Sample], Value]:
-    def compute(sample: Sample) -> Value:
-        hits = retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at)
-        return Value(float(hits.mean()), mean_interval(hits))
-
-    return compute
+    return lambda sample: Value.of(
+        Estimate.of_mean(retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at))
+    )
 
 
 def _given(value: Any) -> Any:
@@ -182,7 +181,7 @@ METRICS: dict[str, Metric] = {
     "fd_clip": Metric("clip", _frechet, "lower", "Fréchet distance on CLIP features"),
     "cmmd": Metric(
         "clip",
-        lambda sample: Value(sample.cmmd.unbiased, sample.cmmd.interval),
+        lambda sample: Value(sample.cmmd.unbiased, sample.cmmd.interval, deletions=sample.cmmd.deletions),
         "lower",
         "CLIP maximum mean discrepancy, unbiased, x1000",
         needs="real",
@@ -197,11 +196,11 @@ METRICS: dict[str, Metric] = {
     ),
     "clip_score": Metric("clip", _clip_score, "higher", "cosine of image and caption", needs="text"),
     "clip_score_x100": Metric(
-        "clip", _scaled_clip_score(100.0), "higher", "100 max(mean cosine, 0)", needs="text", by_default=False
+        "clip", _clip_score_x100, "higher", "100 max(mean cosine, 0)", needs="text", by_default=False
     ),
     "clip_score_x2.5": Metric(
         "clip",
-        _scaled_clip_score(2.5),
+        _clip_score_x2_5,
         "higher",
         "mean of 2.5 max(cosine, 0)",
         needs="text",

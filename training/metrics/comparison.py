@@ -7,27 +7,13 @@ models do differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Literal
 
-import numpy as np
-
 from data.config import Config
-from training.metrics.frechet import frechet_distance
-from training.metrics.intervals import deleted_interval, index_blocks
-from training.metrics.kernel import deleted_cmmd
-from training.metrics.moments import Moments, moments_of, without
+from training.metrics.intervals import Deletions, deleted_interval
 from training.metrics.protocol import SUBJECT, Protocol, differences
-from training.metrics.scores import JACKKNIFE_BLOCKS, Score
-
-MAX_BLOCKS = 32
-
-
-class Deletions(Config):
-    """A statistic without each block of consecutive samples."""
-
-    sizes: tuple[int, ...]
-    values: tuple[float, ...]
+from training.metrics.scores import Score
 
 
 class Measured(Score):
@@ -59,38 +45,4 @@ def difference(a: Measured, b: Measured, *, ignoring: Collection[str] = SUBJECT)
     gained, lost = (low > 0, high < 0) if b.better == "higher" else (high < 0, low > 0)
     return Difference(
         value=value, low=low, high=high, verdict="better" if gained else "worse" if lost else "undecided"
-    )
-
-
-def mean_deletions(values: np.ndarray) -> Deletions:
-    """Of the mean of `values` (N,)."""
-    values = np.asarray(values, dtype=np.float64)
-    return _deletions(len(values), MAX_BLOCKS, lambda block: float(np.delete(values, block).mean()))
-
-
-def frechet_deletions(reference: Moments, features: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> Deletions:
-    """Of the Fréchet distance of `features` (N, D) from a fixed `reference`."""
-    whole = moments_of(features)
-    return _deletions(
-        len(features),
-        max_blocks,
-        lambda block: frechet_distance(reference, without(whole, moments_of(features[block]))).value,
-    )
-
-
-def cmmd_deletions(real: np.ndarray, fake: np.ndarray) -> Deletions:
-    """Of the unbiased CMMD of `real` (M, D) and `fake` (N, D)."""
-    blocks = index_blocks(len(fake), JACKKNIFE_BLOCKS)
-    kept = [len(fake) - len(block) for block in blocks]
-    if min(kept) < 2:
-        return Deletions(sizes=(), values=())
-    return Deletions(
-        sizes=tuple(len(block) for block in blocks), values=tuple(deleted_cmmd(real, fake, blocks))
-    )
-
-
-def _deletions(n: int, max_blocks: int, without_block: Callable[[np.ndarray], float]) -> Deletions:
-    blocks = index_blocks(n, max_blocks)
-    return Deletions(
-        sizes=tuple(len(block) for block in blocks), values=tuple(without_block(block) for block in blocks)
     )

@@ -32,6 +32,8 @@ WEIGHTS = {
     "dinov2": "a folder with the files of facebook/dinov2-large from the hub",
 }
 """What `--extractor NAME=PATH` wants, for people without it."""
+RESIZE = {"inception": "tf1", "inception_clean": "clean", "dinov2": "bicubic antialias, squash, 224"}
+"""How pictures reach an extractor's size; CLIP's own rule comes with its weights."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +81,40 @@ def load(name: str, path: str, *, is_custom: bool = False) -> Extractor:
 
     FID's Inception is refused unless it is the published file or `is_custom`, whose digest makes another protocol.
     """
-    if name in ("inception", "inception_clean"):
-        return _inception("clean" if name == "inception_clean" else "tf1", path, is_custom)
+    if weights_of(name) == "inception":
+        return _inception(name, path, is_custom)
     if local_folder(path) is None:
         raise UserError(f"{path} is no folder: {name} wants {WEIGHTS[name]}")
     if name == "clip":
         clip = ClipEncoder.load(path, device())
         rule = f"{clip.preprocess['interpolation']}, {clip.preprocess['resize_mode']}, {clip.image_size}"
-        digest = weights_digest("clip", path)
-        return Extractor(name, digest, rule, clip.image, lambda texts: _numpy(clip.text(list(texts))[0]))
+        return Extractor(
+            name, digest_of(name, path), rule, clip.image, lambda texts: _numpy(clip.text(list(texts))[0])
+        )
     model = dinov2.load_dinov2(path).to(device())
-    digest = weights_digest("dinov2", path)
-    return Extractor(
-        name, digest, "bicubic antialias, squash, 224", functools.partial(dinov2.features, model)
-    )
+    return Extractor(name, digest_of(name, path), RESIZE[name], functools.partial(dinov2.features, model))
 
 
-def _inception(resize: inception.Resize, path: str, is_custom: bool) -> Extractor:
+def weights_of(name: str) -> str:
+    """Which of `WEIGHTS` the extractor `name` wants."""
+    return name.removesuffix("_clean")
+
+
+def digest_of(name: str, path: str) -> str:
+    """SHA-256 of the weights at `path`, without loading them."""
+    kind = weights_of(name)
+    return storage.sha256(path)[1] if kind == "inception" else weights_digest(kind, path)
+
+
+def _inception(name: str, path: str, is_custom: bool) -> Extractor:
     try:
         network: Any = _network(path, is_custom)
     except ValueError as error:
         hint = "" if is_custom else "; for other weights of this network write inception:custom=PATH"
         raise UserError(f"{error}{hint}") from error
-    digest = storage.sha256(path)[1]
-    name = "inception" if resize == "tf1" else "inception_clean"
+    resize: Any = RESIZE[name]
     look = functools.partial(inception.features, network, resize=resize)
-    return Extractor(name, digest, resize, look, head=_numpy(network.head))
+    return Extractor(name, digest_of(name, path), resize, look, head=_numpy(network.head))
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,26 +16,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from training.metrics import catalogue
 from training.metrics.comparison import Measured, difference
 from training.metrics.protocol import differences
+from training.metrics.scores import OF_THE_PARTS
 
-METRICS = (
-    "prompt_accuracy",
-    "prompt_accuracy_heldout",
-    "fd_clip",
-    "fd_dinov2",
-    "fid",
-    "kid",
-    "cmmd",
-    "clip_score",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "vae_psnr",
-    "prior_cosine",
-)
-_BOUND = re.compile(r"(\w+)\s*(<=|>=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)")
+METRICS = (*OF_THE_PARTS, *catalogue.METRICS)
+_BOUND = re.compile(r"([\w.]+)\s*(<=|>=)\s*([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)")
 _AGAINST = re.compile(r"not worse than (\S+)")
 _FORMS = "write 'METRIC <= NUMBER', 'METRIC >= NUMBER' or 'not worse than RUN'"
 

@@ -6,12 +6,11 @@ Legend: N samples, C classes, G blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-from training.metrics.intervals import deleted_interval, index_blocks
+from training.metrics.intervals import Estimate, index_blocks
 from training.metrics.moments import finite_rows
 
 BLOCKS = 16
@@ -19,17 +18,8 @@ BLOCKS = 16
 _TILE = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class InceptionScore:
-    """1 to C."""
-
-    value: float
-    interval: tuple[float, float]
-    """95 %, over blocks of samples."""
-
-
-def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1) -> InceptionScore:
-    """exp(mean KL(p(class | picture) || p(class))) of pooled features (N, D) (Salimans et al. 2016, sec. 4).
+def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1) -> Estimate:
+    """exp(mean KL(p(class | picture) || p(class))), 1 to C, of pooled features (N, D) (Salimans et al. 2016, sec. 4).
 
     `head` (C, D) is the network's last layer, used without its bias as the published graph does. `splits` consecutive
     parts are scored apart and averaged: papers use 10 parts of 5,000, which gives less than one part does. Raises
@@ -42,8 +32,7 @@ def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1) 
     parts = [slice(i * len(features) // splits, (i + 1) * len(features) // splits) for i in range(splits)]
     pieces = [_pieces(features, head, part) for part in parts]
     value = float(np.mean([_score(*_total(piece)) for piece in pieces]))
-    sizes = [len(block) for block in index_blocks(len(features), BLOCKS)]
-    return InceptionScore(value, deleted_interval(value, _deleted(pieces, len(features)), sizes))
+    return Estimate.of(value, _deleted(pieces, len(features)), index_blocks(len(features), BLOCKS))
 
 
 Sums = tuple[int, float, np.ndarray]

@@ -8,17 +8,58 @@ Legend: N samples, G blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special
 
+from data.config import Config
 from training.metrics.frechet import Gaussian, frechet_distance
 from training.metrics.moments import Moments, moments_of, without
 
 MAX_BLOCKS = 32
 _Z = float(special.ndtri(0.975))
+
+
+class Deletions(Config):
+    """A statistic without each block of consecutive samples. Two sets of images of one length have the same blocks, so the
+    deletions of a difference are the differences of deletions."""
+
+    sizes: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def interval(self, full: float) -> tuple[float, float]:
+        """(low, high) around `full`, the statistic of all samples."""
+        return deleted_interval(full, self.values, list(self.sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A statistic over generated samples; the real ones are fixed."""
+
+    value: float
+    deletions: Deletions
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %."""
+        return self.deletions.interval(self.value)
+
+    @classmethod
+    def of(cls, value: float, deleted: Iterable[float], blocks: Iterable[Sized]) -> Estimate:
+        """`value`, and what it is without each of `blocks`."""
+        sizes = tuple(len(block) for block in blocks)
+        return cls(value, Deletions(sizes=sizes, values=tuple(map(float, deleted))))
+
+    @classmethod
+    def of_mean(cls, values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> Estimate:
+        """The mean of `values` (N,). Raises ValueError for one that is not finite, and for fewer than two."""
+        values = _finite(values)
+        blocks = index_blocks(len(values), max_blocks)
+        total, n = float(values.sum()), len(values)
+        deleted = [(total - float(values[block].sum())) / (n - len(block)) for block in blocks]
+        return cls.of(total / n, deleted, blocks)
 
 
 def index_blocks(num_samples: int, max_blocks: int = MAX_BLOCKS) -> list[np.ndarray]:
@@ -48,21 +89,17 @@ def mean_interval(values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> tuple[
 
     With max_blocks >= N it is Student's interval.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"value {int(np.flatnonzero(~np.isfinite(values))[0])} of {len(values)} is NaN or infinite"
-        )
+    values = _finite(values)
     blocks = index_blocks(len(values), max_blocks)
     mean = float(values.mean())
     deviations = [float(values[block].mean()) - mean for block in blocks]
     return _interval(mean, deviations, [len(block) for block in blocks])
 
 
-def frechet_interval(
+def frechet_estimate(
     reference: Moments | Gaussian, features: np.ndarray, *, max_blocks: int = MAX_BLOCKS
-) -> tuple[float, float]:
-    """(low, high), both >= 0, around the Fréchet distance of `features` (N, D) from a fixed `reference`.
+) -> Estimate:
+    """The Fréchet distance of `features` (N, D) from a fixed `reference`, and its deletions.
 
     Each deletion subtracts one block's moments from the whole, so the features are read twice, not G times. The interval
     tells the spread over generated samples at this N; the bias of order 1/N stays, so compare only equal N.
@@ -71,15 +108,14 @@ def frechet_interval(
     reference = Gaussian.of(reference) if isinstance(reference, Moments) else reference
     few = len(features) <= features.shape[1]
     whole = moments_of(features)
-    full = frechet_distance(reference, Gaussian.fitted(features) if few else whole, exact=False).value
+    full = frechet_distance(reference, Gaussian.fitted(features) if few else whole).value
     deleted = []
     for block in blocks:
         rest = Gaussian.of(without(whole, moments_of(features[block[0] : block[-1] + 1])))
         if few:
             rest = replace(rest, rows=np.delete(features, block, axis=0))
         deleted.append(frechet_distance(reference, rest, exact=False).value)
-    low, high = deleted_interval(full, deleted, [len(block) for block in blocks])
-    return max(low, 0.0), max(high, 0.0)
+    return Estimate.of(full, deleted, blocks)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -111,6 +147,15 @@ def deleted_interval(full: float, deleted: Iterable[float], sizes: list[int]) ->
     pairs = zip(sizes, without_block, strict=True)
     pseudovalues = [n / m * full - (n / m - 1.0) * value for m, value in pairs]
     return _interval(full, [value - estimate for value in pseudovalues], sizes)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"value {int(np.flatnonzero(~np.isfinite(values))[0])} of {len(values)} is NaN or infinite"
+        )
+    return values
 
 
 def _interval(centre: float, deviations: list[float], sizes: list[int]) -> tuple[float, float]:

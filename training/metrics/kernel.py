@@ -8,12 +8,12 @@ Legend: N real and M generated samples, D feature width, G blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from training.metrics.intervals import deleted_interval, index_blocks
+from training.metrics.intervals import Deletions, Estimate, deleted_interval, index_blocks
 from training.metrics.moments import finite_rows
 
 BLOCKS = 16
@@ -32,18 +32,14 @@ class Cmmd:
     """The U-statistic: 0 on average for two samples of one distribution, so it may be slightly negative."""
     biased: float
     """The V-statistic, as published; larger by about 1000 (1 - E k)(1/N + 1/M). Only for comparing with published numbers."""
-    interval: tuple[float, float]
-    """95 %, of the unbiased form, over blocks of generated samples; the real ones are fixed."""
+    deletions: Deletions
+    """Of the unbiased form, over blocks of generated samples; the real ones are fixed."""
     biased_interval: tuple[float, float]
 
-
-@dataclass(frozen=True, slots=True)
-class Kid:
-    """A kernel Inception distance; it may be slightly negative."""
-
-    value: float
-    interval: tuple[float, float]
-    """95 %, over blocks of generated samples; the real ones are fixed."""
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, of the unbiased form."""
+        return self.deletions.interval(self.unbiased)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +63,25 @@ def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0, scale: float = 10
     # At sigma = 10 the kernel of unit vectors lies in [0.98, 1]: sum k - 1, whose ones cancel exactly in the MMD.
     sums = _sums(_gaussian_minus_one(sigma), x, y)
     unbiased, biased = scale * sums.unbiased(), scale * sums.biased()
+    deleted = tuple(scale * rest.unbiased() for rest in sums.deletions())
     return Cmmd(
         unbiased,
         biased,
-        deleted_interval(unbiased, [scale * rest.unbiased() for rest in sums.deletions()], sums.block_sizes),
+        Deletions(sizes=tuple(sums.block_sizes), values=deleted),
         deleted_interval(biased, [scale * rest.biased() for rest in sums.deletions()], sums.block_sizes),
     )
 
 
-def deleted_cmmd(x: np.ndarray, y: np.ndarray, blocks: Sequence[np.ndarray]) -> list[float]:
-    """The unbiased `cmmd` of `x` and what is left of `y` without each of `blocks`, which cut y's indices into runs."""
-    sums = _sums(_gaussian_minus_one(10.0), x, y, blocks)
-    return [1000.0 * rest.unbiased() for rest in sums.deletions()]
-
-
-def kid(x: np.ndarray, y: np.ndarray) -> Kid:
+def kid(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Kernel Inception distance of `x` (N, D) and `y` (M, D): the unbiased squared MMD under (x.y / D + 1)^3
-    (Bińkowski et al. 2018, eq. 4), over all pairs and without subsets, so that it draws no random numbers.
+    (Bińkowski et al. 2018, eq. 4), over all pairs and without subsets, so that it draws no random numbers. May be
+    slightly negative.
 
     Raises ValueError as `cmmd` does.
     """
     sums = _sums(_cubic, x, y)
-    value = sums.unbiased()
-    return Kid(
-        value, deleted_interval(value, [rest.unbiased() for rest in sums.deletions()], sums.block_sizes)
-    )
+    deleted = tuple(rest.unbiased() for rest in sums.deletions())
+    return Estimate(sums.unbiased(), Deletions(sizes=tuple(sums.block_sizes), values=deleted))
 
 
 def kid_of_subsets(
@@ -153,9 +143,9 @@ class _Sums:
         return _Sums(self.n, self.sizes[kept], self.xx, self.xy[kept], self.yy[np.ix_(kept, kept)])
 
 
-def _sums(kernel: Kernel, x: np.ndarray, y: np.ndarray, blocks: Sequence[np.ndarray] | None = None) -> _Sums:
+def _sums(kernel: Kernel, x: np.ndarray, y: np.ndarray) -> _Sums:
     _require_comparable(x, y)
-    blocks = blocks or index_blocks(len(y), BLOCKS)
+    blocks = index_blocks(len(y), BLOCKS)
     runs = [(g, part) for g, block in enumerate(blocks) for part in _tiles(int(block[0]), len(block))]
     x_tiles = _tiles(0, len(x))
     xx, xy, yy = 0.0, np.zeros(len(blocks)), np.zeros((len(blocks), len(blocks)))

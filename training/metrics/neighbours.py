@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.metrics.intervals import deleted_interval, index_blocks, mean_interval
+from training.metrics.intervals import Estimate, index_blocks
 from training.metrics.moments import finite_rows
 
 PRECISION_K = 3
@@ -31,21 +31,13 @@ _TILE = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A value with its 95 % interval over blocks of generated samples; the real ones are fixed."""
-
-    value: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The four measures."""
+    """The four measures, over blocks of generated samples; the real ones are fixed."""
 
-    precision: Share
-    recall: Share
-    density: Share
-    coverage: Share
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
 
 
 def neighbours(
@@ -78,21 +70,16 @@ def neighbours(
                 # a ball only grows when neighbours are left out, and most do not change at all
                 grown = deleted[h, columns] > all_of[columns]
                 recalled[h, rows] |= hit | (squared[:, grown] <= deleted[h, columns][grown]).any(axis=1)
-    sizes = [len(block) for block in blocks]
     times_covered = covered.sum(axis=0)
     left_covered = [float((times_covered > own).mean()) for own in covered]
     coverage = float((times_covered > 0).mean())
     recall = float(recalled[-1].mean())
     return Neighbours(
-        precision=_mean(precise.astype(np.float64)),
-        recall=Share(recall, deleted_interval(recall, recalled[:-1].mean(axis=1).tolist(), sizes)),
-        density=_mean(dense / density_k),
-        coverage=Share(coverage, deleted_interval(coverage, left_covered, sizes)),
+        precision=Estimate.of_mean(precise, max_blocks=BLOCKS),
+        recall=Estimate.of(recall, recalled[:-1].mean(axis=1), blocks),
+        density=Estimate.of_mean(dense / density_k, max_blocks=BLOCKS),
+        coverage=Estimate.of(coverage, left_covered, blocks),
     )
-
-
-def _mean(values: np.ndarray) -> Share:
-    return Share(float(values.mean()), mean_interval(values, max_blocks=BLOCKS))
 
 
 def _nearest(features: np.ndarray, blocks: list[np.ndarray], k: int) -> np.ndarray:

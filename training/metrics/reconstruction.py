@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-_WINDOW = 11
-"""Pixels of SSIM's window."""
+SSIM_WINDOW = 11
+"""Pixels of SSIM's window, a side."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,9 +53,9 @@ def ssim(originals: np.ndarray, reconstructions: np.ndarray) -> Ssim:
     windows that lie inside the picture. Raises ValueError as `psnr` does, and for pictures below 11 pixels.
     """
     _require_pairs(originals, reconstructions)
-    if min(originals.shape[1:3]) < _WINDOW:
+    if min(originals.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"SSIM needs pictures of at least {_WINDOW} pixels a side, got {originals.shape[2]}x{originals.shape[1]}"
+            f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {originals.shape[2]}x{originals.shape[1]}"
         )
     pairs = zip(originals, reconstructions, strict=True)
     per_image = np.array([_similarity(original, copy) for original, copy in pairs])
@@ -73,8 +73,8 @@ def _similarity(original: np.ndarray, copy: np.ndarray) -> float:
 
 
 def _windowed(values: np.ndarray) -> np.ndarray:
-    taps = cv2.getGaussianKernel(_WINDOW, 1.5, cv2.CV_64F)
-    edge = _WINDOW // 2
+    taps = cv2.getGaussianKernel(SSIM_WINDOW, 1.5, cv2.CV_64F)
+    edge = SSIM_WINDOW // 2
     return cv2.sepFilter2D(values, cv2.CV_64F, taps, taps)[edge:-edge, edge:-edge]
 
 

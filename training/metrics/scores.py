@@ -11,16 +11,17 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import Config
+from training.metrics.catalogue import FRECHET_BLOCKS, METRICS, Sample
 from training.metrics.clip_score import clip_score
-from training.metrics.frechet import frechet_distance
-from training.metrics.intervals import frechet_interval, mean_interval, wilson_interval
-from training.metrics.kernel import cmmd
-from training.metrics.moments import Moments, moments_of
+from training.metrics.frechet import Gaussian
+from training.metrics.intervals import Deletions, frechet_estimate, mean_interval, wilson_interval
 from training.metrics.prompt_accuracy import prompt_accuracy
-from training.metrics.reconstruction import psnr
+from training.metrics.reconstruction import SSIM_WINDOW, psnr, ssim
 
-JACKKNIFE_BLOCKS = 16
-"""Deletions for statistics without a closed form; each recomputes the metric."""
+OF_THE_PARTS = (
+    "prompt_accuracy", "prompt_accuracy_heldout", "vae_psnr", "vae_ssim", "vae_rfid", "prior_cosine"
+)  # fmt: skip
+"""Metrics of a run that need its parts or its data's truth; those of two sets of pictures are in the catalogue."""
 
 
 class Score(Config):
@@ -53,48 +54,42 @@ def accuracy_scores(
     return found
 
 
-def embedding_scores(real: np.ndarray, fake: np.ndarray, text: np.ndarray) -> list[Score]:
-    """`fd_clip`, `cmmd` and `clip_score` of generated images, from CLIP embeddings of real images (M, D), generated images
-    (N, D) and their prompts (N, D)."""
-    reference = moments_of(real)
-    fd = frechet_distance(reference, moments_of(fake)).value
-    distance = cmmd(real, fake)
-    fit = clip_score(fake, text)
-    return [
-        _score(
-            "fd_clip",
-            fd,
-            *frechet_interval(reference, fake),
-            len(fake),
-            "lower",
-            "Fréchet distance on CLIP features",
-        ),
-        _score(
-            "cmmd",
-            distance.unbiased,
-            *distance.interval,
-            len(fake),
-            "lower",
-            "CLIP maximum mean discrepancy, unbiased, x1000",
-        ),
-        _score(
-            "clip_score",
-            fit.mean,
-            *mean_interval(fit.per_sample),
-            len(fake),
-            "higher",
-            "cosine of image and prompt",
-        ),
-    ]
-
-
-def reconstruction_score(originals: np.ndarray, reconstructed: np.ndarray) -> Score:
-    """`vae_psnr` in dB over K images (K, H, W, 3) uint8."""
-    measured = psnr(originals, reconstructed)
-    finite = measured.per_image[np.isfinite(measured.per_image)]
+def distribution_score(name: str, sample: Sample) -> tuple[Score, Deletions | None]:
+    """The catalogue's metric `name` of `sample`, and its deletions where a paired comparison can use them."""
+    metric = METRICS[name]
+    found = metric.compute(sample)
+    meaning = f"{metric.meaning}; {found.note}" if found.note else metric.meaning
     return _score(
-        "vae_psnr", measured.mean, *mean_interval(finite), len(originals), "higher", "VAE reconstruction, dB"
-    )
+        name, found.value, *found.interval, len(sample.fake), metric.better, meaning
+    ), found.deletions
+
+
+def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Score]:
+    """`vae_psnr` in dB and, where pictures are large enough for its window, `vae_ssim`, over K images (K, H, W, 3) uint8."""
+    decibels, n = psnr(originals, reconstructed).per_image, len(originals)
+    found = [
+        _score(
+            "vae_psnr",
+            float(decibels.mean()),
+            *mean_interval(decibels),
+            n,
+            "higher",
+            "VAE reconstruction, dB",
+        )
+    ]
+    if min(originals.shape[1:3]) >= SSIM_WINDOW:
+        alike = ssim(originals, reconstructed).per_image
+        meaning = "VAE reconstruction, structural similarity"
+        found.append(_score("vae_ssim", float(alike.mean()), *mean_interval(alike), n, "higher", meaning))
+    return found
+
+
+def reconstruction_fid(originals: np.ndarray, reconstructed: np.ndarray) -> Score:
+    """`vae_rfid`: the Fréchet Inception distance of reconstructions from their originals, of features (K, 2048) each."""
+    found = frechet_estimate(Gaussian.fitted(originals), reconstructed, max_blocks=FRECHET_BLOCKS)
+    low, high = (max(end, 0.0) for end in found.interval)
+    meaning = "FID of the VAE's reconstructions from their originals"
+    return _score("vae_rfid", found.value, low, high, len(originals), "lower", meaning)
 
 
 def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) -> dict[str, Score]:
@@ -125,13 +120,6 @@ def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) ->
         "to_text less text_baseline; near 0 is right",
     )
     return found
-
-
-def fid_score(reference: Moments, fake: np.ndarray) -> Score:
-    """`fid` from the moments of real images' Inception features and those of generated images (N, 2048)."""
-    value = frechet_distance(reference, moments_of(fake)).value
-    interval = frechet_interval(reference, fake, max_blocks=JACKKNIFE_BLOCKS)
-    return _score("fid", value, *interval, len(fake), "lower", "Fréchet Inception distance, tf1 resize")
 
 
 def _cosine(name: str, a: np.ndarray, b: np.ndarray, meaning: str) -> Score:

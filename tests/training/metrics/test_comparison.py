@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from training.metrics.clip_score import clip_score
-from training.metrics.comparison import (
-    Measured,
-    cmmd_deletions,
-    difference,
-    frechet_deletions,
-    mean_deletions,
-)
+from training.metrics.comparison import Measured, difference
 from training.metrics.frechet import frechet_distance
-from training.metrics.intervals import index_blocks, jackknife_interval
+from training.metrics.intervals import Estimate, frechet_estimate, index_blocks, jackknife_interval
 from training.metrics.kernel import cmmd
 from training.metrics.moments import moments_of
 from training.metrics.protocol import Protocol
@@ -40,14 +34,14 @@ def test_deletions_are_the_metric_of_what_is_left(sets):
     real, a, _ = sets
     reference = moments_of(real)
     left = [np.delete(a, block, axis=0) for block in index_blocks(90, 32)]
-    found = frechet_deletions(reference, a)
+    found = frechet_estimate(reference, a).deletions
     assert found.sizes == tuple(90 - len(rest) for rest in left)
     wanted = [frechet_distance(reference, moments_of(rest)).value for rest in left]
     assert found.values == pytest.approx(wanted, rel=1e-9)
-    assert mean_deletions(a[:, 0]).values == pytest.approx([rest[:, 0].mean() for rest in left])
+    assert Estimate.of_mean(a[:, 0]).deletions.values == pytest.approx([rest[:, 0].mean() for rest in left])
     unit, others = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (real, a))
     left = [np.delete(others, block, axis=0) for block in index_blocks(90, 16)]
-    assert cmmd_deletions(unit, others).values == pytest.approx([cmmd(unit, rest).unbiased for rest in left])
+    assert cmmd(unit, others).deletions.values == pytest.approx([cmmd(unit, rest).unbiased for rest in left])
 
 
 def test_the_interval_of_a_difference_is_the_jackknife_of_the_difference(sets):
@@ -60,7 +54,7 @@ def test_the_interval_of_a_difference_is_the_jackknife_of_the_difference(sets):
         )
 
     rows = [
-        measured(frechet_distance(reference, moments_of(x)).value, frechet_deletions(reference, x))
+        measured(frechet_distance(reference, moments_of(x)).value, frechet_estimate(reference, x).deletions)
         for x in (a, b)
     ]
     held = difference(*rows)
@@ -72,7 +66,7 @@ def test_pairing_tells_apart_what_two_intervals_do_not(sets):
     reference = moments_of(real)
     spread = jackknife_interval(lambda kept: frechet_distance(reference, moments_of(a[kept])).value, 90)
     rows = [
-        measured(frechet_distance(reference, moments_of(x)).value, frechet_deletions(reference, x))
+        measured(frechet_distance(reference, moments_of(x)).value, frechet_estimate(reference, x).deletions)
         for x in (a, b)
     ]
     assert spread[0] < rows[1].value < spread[1], "B lies within A's own interval"
@@ -86,7 +80,8 @@ def test_higher_is_better_where_the_metric_says_so(sets):
     _, a, b = sets
     values = [clip_score(x, np.ones_like(x)).per_sample for x in (a, b)]
     rows = [
-        measured(float(v.mean()), mean_deletions(v), better="higher", metric="clip_score") for v in values
+        measured(float(v.mean()), Estimate.of_mean(v).deletions, better="higher", metric="clip_score")
+        for v in values
     ]
     assert values[1].mean() < values[0].mean() and difference(*rows).verdict == "worse"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.metrics.comparison import Measured, mean_deletions
+from training.metrics.comparison import Measured
 from training.metrics.gates import Against, Bound, judge, parsed
+from training.metrics.intervals import Estimate
 from training.metrics.protocol import Protocol
 
 NOISE = np.random.default_rng(3).normal(size=64)
@@ -17,7 +18,7 @@ def clip_score(mean: float, noise=NOISE, **protocol) -> dict[str, Measured]:
     made = Protocol(**({"metric": "clip_score", "n": 64, "weights": {"x": str(mean)}} | protocol))
     row = Measured(
         name="clip_score", value=mean, low=mean - 0.1, high=mean + 0.1, n=64, better="higher", meaning="",
-        protocol=made, deletions=mean_deletions(values),
+        protocol=made, deletions=Estimate.of_mean(values).deletions,
     )  # fmt: skip
     return {"clip_score": row}
 

@@ -23,22 +23,8 @@ from training.metrics.inception import (
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    model = build_inception()
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight
-            )  # PyTorch's default would fade a picture out in twenty layers
-    torch.save(model.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(weights) -> nn.Module:
-    return load_inception(weights, expect_sha256=None)
+def model(inception_weights) -> nn.Module:
+    return load_inception(inception_weights, expect_sha256=None)
 
 
 def pictures(count: int, height: int, width: int) -> torch.Tensor:
@@ -63,8 +49,10 @@ def test_more_pictures_than_a_micro_batch_keep_their_order(model):
     assert torch.equal(features(model, images)[-1:], features(model, images[-1:]))
 
 
-def test_a_safetensors_file_without_batch_counters_loads_the_same_weights(weights, model, tmp_path):
-    state = {k: v for k, v in torch.load(weights, weights_only=True).items() if "num_batches" not in k}
+def test_a_safetensors_file_without_batch_counters_loads_the_same_weights(inception_weights, model, tmp_path):
+    state = {
+        k: v for k, v in torch.load(inception_weights, weights_only=True).items() if "num_batches" not in k
+    }
     save_file(state, tmp_path / "random.safetensors")
     loaded = load_inception(tmp_path / "random.safetensors", expect_sha256=None)
     pairs = zip(loaded.state_dict().items(), model.state_dict().items(), strict=True)
@@ -72,10 +60,12 @@ def test_a_safetensors_file_without_batch_counters_loads_the_same_weights(weight
     assert not loaded.training
 
 
-def test_the_digest_of_the_file_is_checked(weights):
-    load_inception(weights, expect_sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+def test_the_digest_of_the_file_is_checked(inception_weights):
+    load_inception(
+        inception_weights, expect_sha256=hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    )
     with pytest.raises(ValueError, match="expected 6726825d"):
-        load_inception(weights)
+        load_inception(inception_weights)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
