@@ -61,19 +61,40 @@ def lease(
         stopped.set()
         beating.join()
         with _alone(path):
-            if (holder := _read(path)) and holder.token == token:
+            if (owner := _read(path)) and owner.token == token:
                 path.unlink(missing_ok=True)
+
+
+def holder(folder: str) -> Owner | None:
+    """Who holds the lease on the artifact `folder` and lives; None where nobody does, and in an object store."""
+    if not storage.is_local(folder):
+        return None
+    owner = _read(storage.local_path(folder) / "_meta" / "lease.json")
+    return owner if owner and is_alive(owner) else None
+
+
+def this_process(token: str = "") -> Owner:
+    """This process as an owner, its heart beating now."""
+    pid = os.getpid()
+    return Owner(token=token, host=socket.gethostname(), pid=pid, born=_born(pid), beat=time.time())
+
+
+def is_alive(owner: Owner) -> bool:
+    """Whether the process lives, of this machine; whether its heart beat within the last minute, of another."""
+    if owner.host == socket.gethostname() and owner.born:
+        return _born(owner.pid) == owner.born
+    return time.time() - owner.beat <= EXPIRY_SECONDS
 
 
 def _acquire(path: Path, token: str, waiting: Callable[[Owner], None], patience: float) -> None:
     told, deadline = False, time.monotonic() + patience
-    while holder := _take(path, token):
+    while owner := _take(path, token):
         if not told:
-            waiting(holder)
+            waiting(owner)
             told = True
         if time.monotonic() > deadline:
             raise LeaseHeld(
-                f"process {holder.pid} on {holder.host} has been building {path.parent.parent} for all of the {patience:g} s "
+                f"process {owner.pid} on {owner.host} has been building {path.parent.parent} for all of the {patience:g} s "
                 "that this run waits (fanout.lease_seconds): wait for it, or end it, and run the same command again"
             )
         time.sleep(POLL_SECONDS)
@@ -82,10 +103,10 @@ def _acquire(path: Path, token: str, waiting: Callable[[Owner], None], patience:
 def _take(path: Path, token: str) -> Owner | None:
     """Writes our lease where there is none of a live owner; else returns that owner."""
     with _alone(path):
-        holder = _read(path)
-        if holder is not None and not _is_dead(holder):
-            return holder
-        storage.write_bytes(str(path), _me(token).model_dump_json().encode())
+        owner = _read(path)
+        if owner is not None and is_alive(owner):
+            return owner
+        storage.write_bytes(str(path), this_process(token).model_dump_json().encode())
         return None
 
 
@@ -101,10 +122,10 @@ def _beat(path: Path, token: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_SECONDS):
         # a disk that is full now may have room at the next beat
         with contextlib.suppress(OSError), _alone(path):
-            holder = _read(path)
-            if holder is None or holder.token != token:
+            owner = _read(path)
+            if owner is None or owner.token != token:
                 return
-            storage.write_bytes(str(path), _me(token).model_dump_json().encode())
+            storage.write_bytes(str(path), this_process(token).model_dump_json().encode())
 
 
 def _read(path: Path) -> Owner | None:
@@ -112,17 +133,6 @@ def _read(path: Path) -> Owner | None:
         return Owner.model_validate(json.loads(path.read_text()))
     except (OSError, ValueError):
         return None
-
-
-def _is_dead(owner: Owner) -> bool:
-    if owner.host == socket.gethostname() and owner.born:
-        return _born(owner.pid) != owner.born
-    return time.time() - owner.beat > EXPIRY_SECONDS
-
-
-def _me(token: str) -> Owner:
-    pid = os.getpid()
-    return Owner(token=token, host=socket.gethostname(), pid=pid, born=_born(pid), beat=time.time())
 
 
 def _born(pid: int) -> str:

@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     _root(report)
     _evaluation_commands(commands)
+    _store_commands(commands)
     _command(commands, "recipes", "list the recipes")
     return top
 
@@ -142,6 +143,35 @@ def _evaluation_commands(commands: Any) -> None:
     )
     compare.add_argument("--json", action="store_true", help="one JSON line on stdout")
     _root(compare)
+
+
+def _store_commands(commands: Any) -> None:
+    status = _command(
+        commands, "status", "say which runs and artifacts lie under a root, and who builds what"
+    )
+    status.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(status)
+    gc = _command(commands, "gc", "remove what no run wants any more; refuses while a run is under way")
+    gc.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    gc.add_argument(
+        "--keep-runs",
+        type=_positive,
+        metavar="N",
+        help="first forget all but the newest N runs; latest and pinned ones stay (default: every run is kept)",
+    )
+    gc.add_argument(
+        "--older-than",
+        type=_age,
+        default="1d",
+        metavar="AGE",
+        help="leave alone what changed since: 30m, 12h, 7d (default: 1d)",
+    )
+    gc.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(gc)
+    pin = _command(commands, "pin", "keep a run from every gc --keep-runs")
+    pin.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    pin.add_argument("--off", action="store_true", help="no longer")
+    _root(pin)
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -194,3 +224,11 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
+
+
+def _age(text: str) -> float:
+    """Seconds of `90s`, `30m`, `12h` or `7d`."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    if unit is None or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no age: write 30m, 12h or 7d")
+    return float(number) * unit

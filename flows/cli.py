@@ -262,6 +262,41 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _status(arguments: argparse.Namespace) -> int:
+    from flows import console, keeping
+
+    found = keeping.status(places.checked_root(arguments.root))
+    if arguments.json:
+        _emit(found)
+        return 0
+    console.show_status(found)
+    return 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from flows import console, keeping
+
+    found = keeping.collect(
+        places.checked_root(arguments.root),
+        keep_runs=arguments.keep_runs,
+        older_than=arguments.older_than,
+        dry_run=arguments.dry_run,
+    )
+    if arguments.json:
+        _emit(found)
+        return 0
+    console.show_collected(found)
+    return 0
+
+
+def _pin(arguments: argparse.Namespace) -> int:
+    from flows import console, keeping
+
+    run = keeping.pin(places.checked_root(arguments.root), arguments.run, pinned=not arguments.off)
+    console.out.print(f"{run} is {'no longer ' if arguments.off else ''}pinned", soft_wrap=True, markup=False)
+    return 0
+
+
 def _recipes(arguments: argparse.Namespace) -> int:  # noqa: ARG001
     from flows import console
     from flows.recipes import RECIPES
@@ -318,6 +353,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "score": _score,
     "evaluate": _evaluate,
     "compare": _compare,
+    "status": _status,
+    "gc": _gc,
+    "pin": _pin,
 }
 """A command's name -> what carries it out; returns the exit code."""
 

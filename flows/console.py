@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -131,11 +131,13 @@ def scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows of text under a header, figures to the right."""
+def plain_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], justify: Literal["left", "right"] = "right"
+) -> Table:
+    """Rows of text under a header; figures stand to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in header:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify=justify if name else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -161,6 +163,57 @@ def comparison_table(compared: Mapping[str, Any]) -> Table:
         ]
         table.add_row(row["name"], *map(escape, values), *["other protocol"] * len(others), style="dim")
     return table
+
+
+def show_status(found: Mapping[str, Any]) -> None:
+    """Prints the runs and the artifacts of a root."""
+    if not found["runs"] and not found["artifacts"]:
+        out.print(f"{found['root']} holds no run and no artifact", soft_wrap=True, markup=False)
+        return
+    runs = [
+        [r["run"], f"{r['state']}{', pinned' if r['pinned'] else ''}", r["finished"]] for r in found["runs"]
+    ]
+    out.print(plain_table(["run", "state", "finished (UTC)"], runs, "left"))
+    out.print(_artifacts(found["artifacts"]))
+    out.print(f"{len(found['artifacts'])} artifacts, {size(found['bytes'])}")
+
+
+def show_collected(found: Mapping[str, Any]) -> None:
+    """Prints what `gc` removed, or would remove."""
+    would = "would be " if found["dry_run"] else ""
+    for run in found["runs"]:
+        out.print(f"run {run} {would}forgotten", soft_wrap=True, markup=False)
+    if found["artifacts"]:
+        out.print(_artifacts(found["artifacts"]))
+    young = f"; {found['young']} that no run wants are too young" if found["young"] else ""
+    out.print(
+        f"{len(found['artifacts'])} artifacts {would}removed, {size(found['bytes'])}; {found['kept']} kept{young}",
+        soft_wrap=True,
+    )
+
+
+def _artifacts(rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        [
+            row["stage"],
+            row["key"],
+            f"{row['state']}{' by ' + row['builder'] if row['builder'] else ''}",
+            f"{row['shards']:,}" if row["shards"] else "",
+            size(row["bytes"]),
+            ", ".join(row["wanted_by"]) or "no run",
+        ]
+        for row in rows
+    ]
+    return plain_table(["stage", "artifact", "state", "shards", "size", "wanted by"], cells, "left")
+
+
+def size(count: float) -> str:
+    """`812 B`, `3.2 MB` or `1.4 TB`, of 1000 each."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _difference(held: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
+from data.lease import this_process
 from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
@@ -20,6 +21,8 @@ from training.metrics.scores import Score
 from training.metrics.tradeoff import Sweep
 
 RECORD = "run.json"
+STARTED = "started.json"
+"""Of a run that has not ended: what it works on, and who it is. `gc` keeps that."""
 
 
 def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) -> dict[str, Any]:
@@ -30,6 +33,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     seconds: dict[str, float] = {}
     if pending:
         weights.require(pending)
+        _note_start(plan)
         try:
             seconds = run_stages(plan, pending, address=address, verbose=verbose)
         except GateFailed as error:
@@ -47,6 +51,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     if pending or not storage.exists(storage.join(plan.root, plan.run, RECORD)):
         _keep(plan, record, time.monotonic() - started)
     storage.write_bytes(storage.join(plan.root, "latest"), plan.run.encode())
+    storage.remove(storage.join(plan.root, plan.run, STARTED))
     return record
 
 
@@ -59,6 +64,7 @@ def _refused(plan: Plan, wanted: Sequence[PlannedStage], error: GateFailed, seco
     ]
     record = {"run": plan.run, "root": plan.root, "stages": stages, **_outcome(plan)}
     _keep(plan, record, seconds)
+    storage.remove(storage.join(plan.root, plan.run, STARTED))
     return GateFailed(f"{error}; the report is {record['report']}")
 
 
@@ -102,7 +108,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
             recipe=plan.recipe.name,
             plan=tuple(rows),
             gates=config.gates,
-            sweeps=_sweeps(storage.join(plan.root, plan.run)),
+            sweeps=sweeps(storage.join(plan.root, plan.run)),
             config=plan.recipe.model_dump(mode="json"),
         )
     return StageSpec(
@@ -115,7 +121,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
     )
 
 
-def _sweeps(folder: str) -> tuple[Sweep, ...]:
+def sweeps(folder: str) -> tuple[Sweep, ...]:
     """What `darkroom evaluate --sweep` left beside the run's page."""
     names = [n for n in storage.list_files(folder) if n.startswith("sweep_") and n.endswith(".json")]
     return tuple(
@@ -183,6 +189,16 @@ def _outcome(plan: Plan) -> dict[str, Any]:
     if "report" in folders and storage.exists(storage.join(folders["report"], "report.html")):
         outcome["report"] = storage.join(plan.root, plan.run, "report.html")
     return outcome
+
+
+def _note_start(plan: Plan) -> None:
+    record = {
+        "run": plan.run,
+        "folders": {stage.name: stage.folder for stage in plan.stages},
+        "owner": this_process().model_dump(mode="json"),
+    }
+    path = storage.join(plan.root, plan.run, STARTED)
+    storage.write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:

@@ -66,7 +66,7 @@ def _holder(stack: ExitStack, folder: Path) -> tuple[subprocess.Popen[str], IO[s
 def _written(folder: Path, **change: object) -> Path:
     """A lease file whose owner is this process, but for `change`."""
     path = folder / "_meta" / "lease.json"
-    owner = leases._me("earlier").model_copy(update=change)
+    owner = leases.this_process("earlier").model_copy(update=change)
     storage.write_bytes(str(path), owner.model_dump_json().encode())
     return path
 

@@ -28,6 +28,9 @@ FROZEN = {
     "evaluate": (["run"], {"--sweep", "--json", "--verbose", "--root", "--address"}),
     "compare": (["runs"], {"--vary", "--json", "--root"}),
     "recipes": ([], set()),
+    "status": ([], {"--json", "--root"}),
+    "gc": ([], {"--dry-run", "--keep-runs", "--older-than", "--json", "--root"}),
+    "pin": (["run"], {"--off", "--root"}),
 }
 """Command -> (positionals, options). What is here is what people and scripts type: add, never change."""
 

@@ -1,0 +1,189 @@
+"""A root's keeping: what there is, who wants it, and that nothing wanted is ever removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import untrained
+
+from data import storage
+from data.errors import CorruptArtifact, UserError
+from data.lease import lease, this_process
+from data.stored import stored
+from data.verify import verify
+from flows import cli, keeping, runs
+from training.metrics.tradeoff import Point, Sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+DAY = 86_400.0
+
+
+@pytest.fixture
+def root(untrained_run, tmp_path) -> Path:
+    """A copy of a finished run's root, two days old."""
+    copy = tmp_path / "root"
+    shutil.copytree(untrained_run[0], copy)
+    aged(copy)
+    return copy
+
+
+def aged(folder: Path, days: float = 2.0) -> None:
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def orphan(root: Path) -> Path:
+    """An artifact that no run names, two days old."""
+    made = next((root / "store/generate").iterdir())
+    shutil.copytree(made, made.with_name("0123456789ab"))
+    aged(made.with_name("0123456789ab"))
+    return made.with_name("0123456789ab")
+
+
+def names(root: Path) -> set[str]:
+    return {"/".join(artifact.name) for artifact in stored(str(root))}
+
+
+def collected(root: Path, **changes) -> dict:
+    return keeping.collect(str(root), **({"keep_runs": None, "older_than": DAY, "dry_run": False} | changes))
+
+
+def test_status_tells_each_artifact_and_the_runs_that_want_it(root, untrained_run, capsys):
+    run = untrained_run[1]["run"]
+    found = keeping.status(str(root))
+    assert found["runs"] == [
+        {"run": run, "state": "finished", "finished": found["runs"][0]["finished"], "pinned": False}
+    ]
+    assert {a["stage"] for a in found["artifacts"]} == {s["name"] for s in untrained_run[1]["stages"]}
+    assert all(a["state"] == "done" and a["wanted_by"] == [run] for a in found["artifacts"])
+    assert sum(a["bytes"] for a in found["artifacts"]) == found["bytes"] > 1e6
+    assert cli.main(["status", f"--root={root}"]) == 0
+    said = capsys.readouterr().out
+    assert run in said and "10 artifacts" in said
+
+
+def test_an_empty_root_says_so(tmp_path, capsys):
+    assert cli.main(["status", f"--root={tmp_path}"]) == 0
+    assert "holds no run and no artifact" in capsys.readouterr().out
+    assert cli.main(["gc", f"--root={tmp_path}"]) == 0
+    assert "0 artifacts removed, 0 B; 0 kept" in capsys.readouterr().out
+
+
+def test_only_what_no_run_wants_goes_and_only_when_it_is_old(root):
+    before, lost = names(root), orphan(root)
+    assert collected(root, dry_run=True)["artifacts"][0]["key"] == lost.name and lost.exists()
+    aged(lost, days=0.5)
+    young = collected(root)
+    assert (young["artifacts"], young["young"], young["kept"]) == ([], 1, 11) and lost.exists()
+    gone = collected(root, older_than=0.0)
+    assert [a["key"] for a in gone["artifacts"]] == [lost.name] and gone["bytes"] > 1000
+    assert names(root) == before and verify(str(root)).ok
+    assert collected(root, older_than=0.0)["artifacts"] == []
+
+
+def test_forgetting_a_run_leaves_what_another_still_wants(root):
+    first = keeping.status(str(root))["runs"][0]["run"]
+    second = untrained.finish(untrained.plan_of(root, evaluate__guidance_scale=3.0))["run"]
+    aged(root)
+    assert len(names(root)) == 13
+    forgotten = collected(root, keep_runs=1, dry_run=True)
+    assert forgotten["runs"] == [first] and len(names(root)) == 13
+    assert keeping.pin(str(root), first, pinned=True) == first
+    assert collected(root, keep_runs=1)["runs"] == []
+    keeping.pin(str(root), first, pinned=False)
+    gone = collected(root, keep_runs=1)
+    assert [a["stage"] for a in gone["artifacts"]] == ["evaluate", "generate", "report"]
+    assert len(names(root)) == 10 and verify(str(root)).ok
+    assert runs.find(str(root), "latest")["run"] == second
+    assert not untrained.plan_of(root, evaluate__guidance_scale=3.0).pending
+
+
+def test_the_points_of_a_sweep_stay(root):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    lost = orphan(root)
+    point = Point(setting=3.0, own=False, scores={}, uri=str(lost))
+    sweep = Sweep(field="guidance_scale", points=(point,), curves=())
+    (root / run / "sweep_guidance_scale.json").write_text(sweep.model_dump_json())
+    assert collected(root)["artifacts"] == []
+
+
+def test_what_a_stopped_run_made_stays_for_its_resuming(root):
+    lost = orphan(root)
+    stopped = this_process().model_copy(update={"pid": 2**22 + 1})
+    note(root, "demo-stopped", lost, stopped)
+    assert collected(root)["artifacts"] == []
+    assert keeping.status(str(root))["runs"][0]["state"] == "stopped"
+    shutil.rmtree(root / "demo-stopped")
+    assert len(collected(root)["artifacts"]) == 1
+
+
+def note(root: Path, run: str, artifact: Path, owner) -> None:
+    (root / run).mkdir()
+    record = {"run": run, "folders": {"generate": str(artifact)}, "owner": owner.model_dump(mode="json")}
+    (root / run / "started.json").write_text(json.dumps(record))
+
+
+def test_nothing_is_removed_while_something_is_made(root):
+    lost = orphan(root)
+    with lease(str(root / "store/denoiser/ba987654321f")), pytest.raises(UserError, match="is building"):
+        collected(root)
+    note(root, "demo-running", lost, this_process())
+    with pytest.raises(UserError, match=r"run demo-running under .* is running: nothing was removed"):
+        collected(root)
+    assert lost.exists()
+
+
+def test_a_run_notes_its_start_and_takes_the_note_back(root, monkeypatch):
+    plan = untrained.plan_of(root, evaluate__guidance_scale=3.0)
+    names_of_plan = [stage.name for stage in plan.stages]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run_stages", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        runs.carry_out(plan, names=names_of_plan, address="local", verbose=False)
+    assert keeping.status(str(root))["runs"][0] == {
+        "run": plan.run, "state": "running", "finished": "", "pinned": False,
+    }  # fmt: skip
+    monkeypatch.setattr(runs, "run_stages", lambda *_, **__: {})
+    runs.carry_out(plan, names=names_of_plan, address="local", verbose=False)
+    assert not (root / plan.run / "started.json").exists()
+
+
+def test_a_record_that_cannot_be_read_stops_everything(root):
+    run, lost = keeping.status(str(root))["runs"][0]["run"], orphan(root)
+    (root / run / "run.json").write_text("{")
+    with pytest.raises(CorruptArtifact, match="is no record of a run"):
+        collected(root)
+    assert lost.exists()
+
+
+def test_a_removal_that_is_killed_leaves_nothing_that_counts_as_made(root, monkeypatch):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    shutil.rmtree(root / run)
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "remove_tree", killed)
+        collected(root)
+    half = [a for a in stored(str(root)) if not a.is_done]
+    assert len(half) == 1 and half[0].bytes > 0
+    assert len(collected(root, older_than=0.0)["artifacts"]) == 10 and names(root) == set()
+
+
+@pytest.mark.parametrize("age", ["7", "d", "-1d", "1w", ""])
+def test_an_age_that_cannot_be_read_says_how_to_write_one(age, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["gc", f"--root={tmp_path}", f"--older-than={age}"])
+    assert "is no age: write 30m, 12h or 7d" in capsys.readouterr().err
