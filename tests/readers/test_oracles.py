@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from training.metrics.frechet import frechet_distance
-from training.metrics.inception import build_inception, features, load_inception, resize_clean, resize_tf1
+from training.metrics.inception import features, load_inception, resize_clean, resize_tf1
 from training.metrics.inception_score import inception_score
 from training.metrics.kernel import kid_of_subsets
 from training.metrics.moments import moments_of
@@ -27,18 +25,6 @@ def oracles(beside, monkeypatch):
     monkeypatch.syspath_prepend(beside("oracles", *wanted))
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    model = build_inception()
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(model.state_dict(), path)
-    return path
-
-
 def pictures(count: int, seed: int, side: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -48,13 +34,13 @@ def rows(count: int, seed: int, shift: float = 0.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((count, 64)) + shift).astype(np.float32)
 
 
-def test_features_are_torch_fidelitys(weights):
+def test_features_are_torch_fidelitys(inception_weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3(
-        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights)
     )
-    ours, images = load_inception(weights, None), pictures(16, 0)
+    ours, images = load_inception(inception_weights, None), pictures(16, 0)
     mine = features(ours, images)
     with torch.inference_mode():
         plain, logits = theirs(images)
@@ -87,14 +73,16 @@ def test_distances_and_scores_are_torch_fidelitys():
     assert mine_score == pytest.approx(score["inception_score_mean"], rel=1e-6)
 
 
-def test_the_distance_of_pictures_is_torchmetrics_without_antialiasing(weights):
+def test_the_distance_of_pictures_is_torchmetrics_without_antialiasing(inception_weights):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    theirs = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(weights), antialias=False)
+    theirs = FrechetInceptionDistance(
+        2048, feature_extractor_weights_path=str(inception_weights), antialias=False
+    )
     real, fake = pictures(8, 3), pictures(8, 4) // 2
     theirs.update(real, real=True)
     theirs.update(fake, real=False)
-    ours = load_inception(weights, None)
+    ours = load_inception(inception_weights, None)
     mine = frechet_distance(*(moments_of(features(ours, each).numpy()) for each in (real, fake)))
     assert mine.value == pytest.approx(float(theirs.compute()), rel=1e-4)
 
