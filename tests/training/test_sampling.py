@@ -48,7 +48,7 @@ def test_dpm_solver_reproduces_the_data_distribution(path, steps, tolerance):
     assert_gaussian(x, tolerance)
 
 
-@pytest.mark.parametrize("path", ["cosine", "scaled_linear"])
+@pytest.mark.parametrize("path", ["flow", "cosine", "scaled_linear"])
 def test_ddim_reproduces_the_data_distribution(path):
     x = sample(exact_denoiser(PATHS[path]), ddim(PATHS[path]), X_T, 100)
     assert_gaussian(x, 0.05)
@@ -96,6 +96,12 @@ def test_a_scheduler_that_expects_something_else_than_x0_is_refused():
         sample(lambda x, _t: x, dpm_solver(Objective("flow")), X_T[:2], 2)
 
 
-def test_ddim_refuses_the_flow_path():
-    with pytest.raises(ValueError, match="flow"):
-        ddim(Objective("flow"))
+def test_on_the_flow_path_ddim_takes_eulers_steps():
+    objective, steps = PATHS["flow"], 7
+    denoise, scheduler = exact_denoiser(objective), ddim(objective)
+    scheduler.set_timesteps(steps)
+    x = X_T[:20]
+    for now, then in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        velocity = (x - denoise(x, 1000 * now.expand(20))) / now
+        x = x + (then - now) * velocity
+    torch.testing.assert_close(sample(denoise, ddim(objective), X_T[:20], steps), x, atol=1e-5, rtol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ COSINE_LAMBDA_MIN = -5.1
 """Where the cosine schedule's last, nearly singular timesteps are cut off (Lu et al. 2022, arXiv 2211.01095)."""
 
 
-def dpm_solver(objective: Objective, *, prediction_type: str | None = None) -> Any:
-    """diffusers' `DPMSolverMultistepScheduler` (DPM-Solver++ 2M, arXiv 2211.01095) for the path of `objective`.
+def dpm_solver(objective: Objective, *, prediction_type: str | None = None, order: int = 2) -> Any:
+    """diffusers' `DPMSolverMultistepScheduler` (DPM-Solver++, arXiv 2211.01095, 2M or of first order) for the path of
+    `objective`.
 
     As it is, it takes the outputs of the objective's own network, which is what a pipeline's folder needs; with
     `prediction_type="sample"` it takes a denoiser's x_0, which is what `sample` feeds it. Both take the same steps.
@@ -26,6 +29,7 @@ def dpm_solver(objective: Objective, *, prediction_type: str | None = None) -> A
     kwargs: dict[str, Any] = {
         "prediction_type": prediction_type or own,
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "solver_order": order,
     }
     if objective.is_flow:
         return DPMSolverMultistepScheduler(use_flow_sigmas=True, **kwargs)
@@ -33,11 +37,14 @@ def dpm_solver(objective: Objective, *, prediction_type: str | None = None) -> A
 
 
 def ddim(objective: Objective) -> Any:
-    """diffusers' `DDIMScheduler` (Song et al. 2020, arXiv 2010.02502, eq. 12 with eta 0), fed x_0. Not for the flow path."""
+    """diffusers' `DDIMScheduler` (Song et al. 2020, arXiv 2010.02502, eq. 12 with eta 0), fed x_0.
+
+    On the flow path its step is Euler's, which is what DPM-Solver++ of first order takes there.
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if objective.is_flow:
-        raise ValueError("DDIM has no flow path: use dpm_solver")
+        return dpm_solver(objective, prediction_type="sample", order=1)
     return DDIMScheduler(
         prediction_type="sample",
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
@@ -46,6 +53,13 @@ def ddim(objective: Objective) -> Any:
         timestep_spacing="trailing",
         **_schedule(objective),
     )
+
+
+SAMPLERS: dict[str, Callable[[Objective], Any]] = {
+    "dpm_solver": partial(dpm_solver, prediction_type="sample"),
+    "ddim": ddim,
+}
+"""Name -> the scheduler that `sample` takes, for the path of an objective."""
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from data.config import Config
 from data.errors import UserError
 from training.diffusion.guidance import EVERYWHERE, guided
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Denoise, Objective, denoiser
-from training.diffusion.sampling import dpm_solver, sample
+from training.diffusion.sampling import SAMPLERS, dpm_solver, sample
 from training.encoders import ClipEncoder, VaeEncoder
 from training.randomness import Draws
 from training.systems import denoiser as denoiser_system
@@ -47,6 +47,10 @@ class Sampling(Config):
         le=100,
         description="dynamic thresholding of guided latents: this percentile of their magnitudes is held to what it is "
         "without guidance; 99.5 in Imagen; None: none",
+    )
+    sampler: Literal["dpm_solver", "ddim"] = Field(
+        "dpm_solver",
+        description="what integrates the denoiser: DPM-Solver++ 2M, or DDIM, of first order (Euler on the flow path)",
     )
     num_inference_steps: int = Field(
         20, ge=1, le=NUM_TRAIN_TIMESTEPS, description="steps of the denoiser's sampler"
@@ -156,7 +160,7 @@ class Unclip:
         hidden = empty.expand(len(labels), -1, -1) if texts is None else self._hidden(texts)
         denoise = self._guided_denoiser(torch.zeros_like(labels[:1]), empty, sampling)
         x_T = draws.normal("develop.x_T", self._latent_shape())  # noqa: N806
-        scheduler = dpm_solver(self.objective, prediction_type="sample")
+        scheduler = SAMPLERS[sampling.sampler](self.objective)
         return sample(
             denoise, scheduler, x_T, sampling.num_inference_steps, class_labels=labels, text_hidden=hidden
         )
