@@ -157,7 +157,7 @@ def _store_commands(commands: Any) -> None:
         "--keep-runs",
         type=_positive,
         metavar="N",
-        help="first forget all but the newest N runs; latest and pinned ones stay (default: every run is kept)",
+        help="first forget all but the newest N runs; latest, production and pinned ones stay (default: every run is kept)",
     )
     gc.add_argument(
         "--older-than",
@@ -172,6 +172,14 @@ def _store_commands(commands: Any) -> None:
     pin.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     pin.add_argument("--off", action="store_true", help="no longer")
     _root(pin)
+    promote = _command(
+        commands, "promote", "let `production` name a run, if no metric is worse than the present holder's"
+    )
+    promote.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    promote.add_argument("--force", action="store_true", help="without comparing")
+    _root(promote)
+    rollback = _command(commands, "rollback", "let `production` name the run that it named before")
+    _root(rollback)
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

@@ -297,6 +297,28 @@ def _pin(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _promote(arguments: argparse.Namespace) -> int:
+    from flows import promoting
+
+    root = places.checked_root(arguments.root)
+    return _tell_move(promoting.promote(root, arguments.run, force=arguments.force))
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from flows import promoting
+
+    return _tell_move(promoting.rollback(places.checked_root(arguments.root)))
+
+
+def _tell_move(move: Any) -> int:
+    from flows import console
+
+    console.out.print(
+        f"production is {move.run} since {move.at}: {move.reason}", soft_wrap=True, markup=False
+    )
+    return 0
+
+
 def _recipes(arguments: argparse.Namespace) -> int:  # noqa: ARG001
     from flows import console
     from flows.recipes import RECIPES
@@ -356,6 +378,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "gc": _gc,
     "pin": _pin,
+    "promote": _promote,
+    "rollback": _rollback,
 }
 """A command's name -> what carries it out; returns the exit code."""
 

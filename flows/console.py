@@ -170,8 +170,20 @@ def show_status(found: Mapping[str, Any]) -> None:
     if not found["runs"] and not found["artifacts"]:
         out.print(f"{found['root']} holds no run and no artifact", soft_wrap=True, markup=False)
         return
+    marks = [(run, name) for name, run in found["pointers"].items()]
     runs = [
-        [r["run"], f"{r['state']}{', pinned' if r['pinned'] else ''}", r["finished"]] for r in found["runs"]
+        [
+            r["run"],
+            ", ".join(
+                [
+                    r["state"],
+                    *(["pinned"] if r["pinned"] else []),
+                    *(n for run, n in marks if run == r["run"]),
+                ]
+            ),
+            r["finished"],
+        ]
+        for r in found["runs"]
     ]
     out.print(plain_table(["run", "state", "finished (UTC)"], runs, "left"))
     out.print(_artifacts(found["artifacts"]))

@@ -38,6 +38,7 @@ def status(root: str) -> dict[str, Any]:
     wanted = {run.name: needed(artifacts, run.artifacts) for run in known}
     return {
         "root": root,
+        "pointers": runs.pointed(root),
         "runs": [
             {"run": r.name, "state": r.state, "finished": r.finished, "pinned": r.pinned} for r in known
         ],
@@ -52,10 +53,10 @@ def status(root: str) -> dict[str, Any]:
 def collect(root: str, *, keep_runs: int | None, older_than: float, dry_run: bool) -> dict[str, Any]:
     """Removes what no run wants and nothing touched for `older_than` seconds; returns what `gc --json` prints.
 
-    With `keep_runs`, the records of all but that many of the newest runs go first; `latest`, pinned, running and stopped ones
-    stay. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
+    With `keep_runs`, the records of all but that many of the newest runs go first; those that `latest` and `production` name,
+    pinned, running and stopped ones stay. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
     """
-    with lease(storage.join(root, ".gc")):
+    with lease(storage.join(root, runs.KEEPING)):
         return _collected(root, keep_runs, older_than, dry_run)
 
 
@@ -147,10 +148,9 @@ def _refuse_busy(root: str, known: Sequence[Run], artifacts: Sequence[Stored]) -
 def _dropped(root: str, known: Sequence[Run], keep_runs: int | None) -> list[Run]:
     if keep_runs is None:
         return []
-    path = storage.join(root, "latest")
-    latest = storage.read_bytes(path).decode() if storage.exists(path) else ""
+    pointed = set(runs.pointed(root).values())
     ended = [run for run in known if run.finished]
-    return [run for run in ended[keep_runs:] if not run.pinned and run.name != latest]
+    return [run for run in ended[keep_runs:] if not run.pinned and run.name not in pointed]
 
 
 def _remove(artifact: Stored) -> None:

@@ -21,6 +21,10 @@ from training.metrics.scores import Score
 from training.metrics.tradeoff import Sweep
 
 RECORD = "run.json"
+PRODUCTION = "production.json"
+"""The moves of the pointer `production`."""
+KEEPING = ".keeping"
+"""Whose lease they hold who forget runs or move the pointer."""
 STARTED = "started.json"
 """Of a run that has not ended: what it works on, and who it is. `gc` keeps that."""
 
@@ -69,9 +73,9 @@ def _refused(plan: Plan, wanted: Sequence[PlannedStage], error: GateFailed, seco
 
 
 def find(root: str, name: str) -> dict[str, Any]:
-    """The record of the run `name`, or of the latest; raises UserError naming the runs that there are."""
-    if name == "latest" and storage.exists(storage.join(root, "latest")):
-        name = storage.read_bytes(storage.join(root, "latest")).decode()
+    """The record of the run `name`, or of the one that `latest` or `production` points to; raises UserError naming the runs
+    that there are."""
+    name = pointed(root).get(name, name)
     runs_here = storage.list_folders(root)
     path = storage.join(root, name, RECORD) if name in runs_here else None
     if path is None or not storage.exists(path):
@@ -88,6 +92,19 @@ def find(root: str, name: str) -> dict[str, Any]:
         raise CorruptArtifact(
             f"{path} is no record of a run: remove it and run its recipe again, finished work is kept"
         ) from error
+
+
+def pointed(root: str) -> dict[str, str]:
+    """Pointer -> the run that it names, of `latest` and `production`, as far as they are there."""
+    found = {}
+    if storage.exists(path := storage.join(root, "latest")):
+        found["latest"] = storage.read_bytes(path).decode().strip()
+    if storage.exists(path := storage.join(root, PRODUCTION)):
+        try:
+            found["production"] = json.loads(storage.read_bytes(path))["moves"][-1]["run"]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CorruptArtifact(f"{path} cannot be read: remove it and promote a run again") from error
+    return found
 
 
 def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:

@@ -31,6 +31,8 @@ FROZEN = {
     "status": ([], {"--json", "--root"}),
     "gc": ([], {"--dry-run", "--keep-runs", "--older-than", "--json", "--root"}),
     "pin": (["run"], {"--off", "--root"}),
+    "promote": (["run"], {"--force", "--root"}),
+    "rollback": ([], {"--root"}),
 }
 """Command -> (positionals, options). What is here is what people and scripts type: add, never change."""
 

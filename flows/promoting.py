@@ -1,0 +1,100 @@
+"""The named pointer `production`: which run serves, which served before, and why each was moved there."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from data import storage
+from data.config import Config
+from data.errors import CorruptArtifact, GateFailed, UserError
+from data.lease import lease
+from flows import runs
+from flows.comparing import measured_of
+from training.metrics.gates import judge, parsed
+
+
+class Move(Config):
+    """One change of the pointer."""
+
+    run: str
+    at: str
+    """UTC, ISO 8601."""
+    replaced: str | None
+    reason: str
+
+
+class Pointer(Config):
+    """Every change, the oldest first; the last one names the run that serves."""
+
+    moves: tuple[Move, ...]
+
+
+def history(root: str) -> tuple[Move, ...]:
+    """The moves of `production` under `root`; empty where nothing was promoted."""
+    path = storage.join(root, runs.PRODUCTION)
+    try:
+        return Pointer.model_validate_json(storage.read_bytes(path)).moves
+    except FileNotFoundError:
+        return ()
+    except ValidationError as error:
+        raise CorruptArtifact(f"{path} cannot be read: remove it and promote a run again") from error
+
+
+def promote(root: str, name: str, *, force: bool) -> Move:
+    """Moves `production` to the run `name`, where no metric is worse than the present holder's by its paired interval.
+
+    `force` asks for no comparison. Raises GateFailed, the pointer staying where it is, when the run is worse or nothing
+    compares; UserError for a run without scores, or one whose own gates failed.
+    """
+    record = runs.find(root, name)
+    run, scores = record["run"], measured_of(root, record["run"])
+    if any(stage["status"] == "failed" for stage in record["stages"]):
+        raise UserError(f"run {run} failed its own gates: it is not to be promoted")
+    with lease(storage.join(root, runs.KEEPING)):
+        moves = history(root)
+        holder = moves[-1].run if moves else None
+        if holder == run:
+            return moves[-1]
+        reason = "forced" if force else "nothing was there before"
+        if holder and not force:
+            verdict = judge(parsed(f"not worse than {holder}"), scores, {holder: measured_of(root, holder)})
+            if not verdict.held:
+                raise GateFailed(
+                    f"{run} is not promoted: {verdict.gate}: {verdict.reason}; --force promotes it all the same"
+                )
+            reason = f"{verdict.gate}: {verdict.reason}"
+        return _moved(root, moves, Move(run=run, at=_now(), replaced=holder, reason=reason))
+
+
+def rollback(root: str) -> Move:
+    """Moves `production` back to the run that served before. Raises UserError where none did, or where it is gone."""
+    with lease(storage.join(root, runs.KEEPING)):
+        moves = history(root)
+        earlier = moves[-1].replaced if moves else None
+        if earlier is None:
+            raise UserError(
+                f"no run served before the present one under {root}: there is nothing to go back to"
+            )
+        runs.find(root, earlier)
+        back = f"rolled back from {moves[-1].run}"
+        return _moved(
+            root, moves, Move(run=earlier, at=_now(), replaced=_before(moves, earlier), reason=back)
+        )
+
+
+def _before(moves: tuple[Move, ...], run: str) -> str | None:
+    """What served before `run` when it was promoted, so that going back twice goes back two steps."""
+    return next(move.replaced for move in moves if move.run == run)
+
+
+def _moved(root: str, moves: tuple[Move, ...], move: Move) -> Move:
+    pointer = Pointer(moves=(*moves, move))
+    path = storage.join(root, runs.PRODUCTION)
+    storage.write_bytes(path, (pointer.model_dump_json(indent=1) + "\n").encode())
+    return move
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
