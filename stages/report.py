@@ -295,7 +295,17 @@ def _curve(snapshot: Snapshot) -> Curve:
         validation=tuple(
             (row["step"], loss) for row in rows if (loss := row.get("validation_loss")) is not None
         ),
+        samples=tuple(_drawn_in_training(snapshot.folder)),
     )
+
+
+def _drawn_in_training(folder: str) -> Iterable[Picture]:
+    """The first, the middle and the last of the pictures that a training left."""
+    kept = storage.join(folder, "_meta", "samples")
+    names = [name for name in storage.list_files(kept) if name.endswith(".png")]
+    for at in sorted({0, len(names) // 2, len(names) - 1}) if names else ():
+        step = int(names[at].removeprefix("step_").removesuffix(".png"))
+        yield Picture(png=storage.read_bytes(storage.join(kept, names[at])), caption=f"step {step:,}")
 
 
 def _generated(snapshot: Snapshot, correct: Sequence[bool | None]) -> tuple[Generated, ...]:

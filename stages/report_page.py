@@ -140,6 +140,8 @@ class Curve:
     train: tuple[Point, ...]
     validation: tuple[Point, ...] = ()
     note: str = ""
+    samples: tuple[Picture, ...] = ()
+    """Rows of pictures that the averaged weights drew for the same held-out samples, from the first to the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from stages import report_page
+from stages import report, report_page
+from stages.pictures import png
 from stages.report_page import (
     Artifact,
     AttributeAccuracy,
@@ -383,6 +384,19 @@ def test_images_without_a_known_truth_have_no_verdict_and_no_accuracy_table() ->
     text = Page(render(small_report(generated=(Generated(png=png, prompt="otter"),)))).text
     assert "otter" in text
     assert not any(word in text for word in ("✓", "✕", "held out", "Held out", "Prompt accuracy"))
+
+
+def test_what_a_training_drew_stands_under_its_curve(tmp_path) -> None:
+    kept = tmp_path / "_meta" / "samples"
+    kept.mkdir(parents=True)
+    for step in (400, 800, 1200, 1600, 2000):
+        (kept / f"step_{step:08d}.png").write_bytes(png(np.full((4, 8, 3), step % 251, np.uint8)))
+    drawn = tuple(report._drawn_in_training(str(tmp_path)))
+    assert [item.caption for item in drawn] == ["step 400", "step 1,200", "step 2,000"]
+    assert list(report._drawn_in_training(str(tmp_path / "_meta"))) == []
+    curve = Curve(stage="vae", train=((1, 2.0), (2, 1.0)), samples=drawn)
+    alts = [image["alt"] for image in Page(render(small_report(curves=(curve,)))).all("img")]
+    assert [alt for alt in alts if "of vae" in alt] == [f"{item.caption} of vae" for item in drawn]
 
 
 def test_curves_without_a_finite_loss_are_left_out() -> None:
