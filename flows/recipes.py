@@ -115,8 +115,8 @@ def demo() -> Recipe:
             text_layers=2,
             context_length=24,
             max_shift=0,
-            max_steps=500,
-            validate_every=250,
+            max_steps=700,
+            validate_every=350,
             batch_size=128,
             learning_rate=1.5e-3,
             warmup_steps=30,
@@ -129,8 +129,8 @@ def demo() -> Recipe:
             l1_weight=0.0,
             mse_weight=4.0,
             kl_weight=1e-5,
-            max_steps=800,
-            validate_every=400,
+            max_steps=1000,
+            validate_every=500,
             batch_size=16,
             learning_rate=2e-3,
             adam_beta2=0.95,
@@ -138,7 +138,7 @@ def demo() -> Recipe:
             ema_decay=0.995,
         ),
         prior=PriorConfig(
-            max_steps=200, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
+            max_steps=300, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
         ),
         denoiser=DenoiserConfig(
             block_out_channels=(64, 128),
@@ -146,8 +146,8 @@ def demo() -> Recipe:
             logit_mean=1.0,
             logit_std=1.3,
             max_noise_level=250,
-            max_steps=1000,
-            validate_every=500,
+            max_steps=1200,
+            validate_every=400,
             batch_size=32,
             learning_rate=1.2e-3,
             adam_beta2=0.95,
