@@ -93,8 +93,8 @@ EXPECTED_SECONDS = {
     "vae": 270.0,
     "encode": 25.0,
     "prior": 120.0,
-    "denoiser": 1000.0,
-    "generate": 120.0,
+    "denoiser": 540.0,
+    "generate": 95.0,
     "evaluate": 25.0,
     "report": 1.0,
 }
