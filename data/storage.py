@@ -204,10 +204,13 @@ def remove(url: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Deletes a folder with all that it holds; nothing happens where there is none."""
+    """Deletes a folder with all that it holds; nothing happens where there is none. Of a link, the link alone."""
     if is_local(url):
-        if local_path(url).is_dir():
-            shutil.rmtree(local_path(url))
+        path = local_path(url)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
         return
     filesystem, path = fsspec.core.url_to_fs(url)
     filesystem.invalidate_cache()

@@ -15,6 +15,7 @@ from data.errors import CorruptArtifact, UserError
 from data.lease import Owner, is_alive, lease
 from data.stored import Name, Stored, name_of, needed, stored
 from flows import runs
+from training.metrics.gates import Against, parsed
 
 PINNED = "pinned"
 
@@ -30,6 +31,8 @@ class Run:
     """UTC, ISO 8601; empty for one that has not ended."""
     pinned: bool
     artifacts: frozenset[Name]
+    baselines: frozenset[str] = frozenset()
+    """Runs that its gates hold it against."""
 
 
 def status(root: str) -> dict[str, Any]:
@@ -53,8 +56,8 @@ def status(root: str) -> dict[str, Any]:
 def collect(root: str, *, keep_runs: int | None, older_than: float, dry_run: bool) -> dict[str, Any]:
     """Removes what no run wants and nothing touched for `older_than` seconds; returns what `gc --json` prints.
 
-    With `keep_runs`, the records of all but that many of the newest runs go first; those that `latest` and `production` name,
-    pinned, running and stopped ones stay. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
+    With `keep_runs`, the records of all but that many of the newest runs go first; those that `latest`, `production` or a gate of a
+    kept run names, pinned, running and stopped ones stay. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
     """
     with lease(storage.join(root, runs.KEEPING)):
         return _collected(root, keep_runs, older_than, dry_run)
@@ -113,9 +116,17 @@ def _run(root: str, name: str) -> Run | None:
         state = "running" if is_alive(Owner.model_validate(record["owner"])) else "stopped"
         return Run(name, state, "", pinned, _names(record) | (sweeps - {None}))
     record = runs.find(root, name)
-    is_failed = any(stage["status"] == "failed" for stage in record["stages"])
-    state = "failed" if is_failed else "finished"
-    return Run(name, state, record["finished"], pinned, _names(record) | (sweeps - {None}))
+    try:
+        is_failed = any(stage["status"] == "failed" for stage in record["stages"])
+        gates = [parsed(gate) for gate in record["recipe"]["evaluate"]["gates"]]
+        state, finished, names = "failed" if is_failed else "finished", record["finished"], _names(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifact(
+            f"{storage.join(folder, runs.RECORD)} does not say what the run is made of: run its recipe again, or remove the "
+            "folder"
+        ) from error
+    baselines = frozenset(gate.run for gate in gates if isinstance(gate, Against))
+    return Run(name, state, finished, pinned, names | (sweeps - {None}), baselines)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -150,11 +161,17 @@ def _dropped(root: str, known: Sequence[Run], keep_runs: int | None) -> list[Run
         return []
     pointed = set(runs.pointed(root).values())
     ended = [run for run in known if run.finished]
-    return [run for run in ended[keep_runs:] if not run.pinned and run.name not in pointed]
+    old = [run for run in ended[keep_runs:] if not run.pinned and run.name not in pointed]
+    while held := {b for run in known if run not in old for b in run.baselines} & {run.name for run in old}:
+        old = [run for run in old if run.name not in held]
+    return old
 
 
 def _remove(artifact: Stored) -> None:
-    """Its snapshots first: what is half removed is not there."""
+    """Its snapshots first: what is half removed is not there. Of an artifact that lies elsewhere, the link alone."""
+    if storage.is_local(artifact.folder) and storage.local_path(artifact.folder).is_symlink():
+        storage.remove_tree(artifact.folder)
+        return
     for snapshot in artifact.snapshots:
         storage.remove(storage.join(artifact.folder, "_meta", "snapshots", f"{snapshot.fingerprint}.json"))
     storage.remove_tree(artifact.folder)

@@ -212,6 +212,7 @@ def _note_start(plan: Plan) -> None:
     record = {
         "run": plan.run,
         "folders": {stage.name: stage.folder for stage in plan.stages},
+        "external": _external(plan),
         "owner": this_process().model_dump(mode="json"),
     }
     path = storage.join(plan.root, plan.run, STARTED)
@@ -227,8 +228,13 @@ def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:
         **record,
         "recipe": plan.recipe.model_dump(mode="json"),
         "folders": {stage.name: stage.folder for stage in plan.stages},
-        "external": {role: ref.folder for s in plan.stages for role, ref in s.inputs.items() if ref.external},
+        "external": _external(plan),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
     storage.write_bytes(storage.join(folder, RECORD), (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def _external(plan: Plan) -> dict[str, str]:
+    """Role -> where weights that were made elsewhere lie."""
+    return {role: ref.folder for s in plan.stages for role, ref in s.inputs.items() if ref.external}

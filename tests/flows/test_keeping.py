@@ -106,6 +106,24 @@ def test_forgetting_a_run_leaves_what_another_still_wants(root):
     assert not untrained.plan_of(root, evaluate__guidance_scale=3.0).pending
 
 
+def test_a_run_that_a_kept_run_is_held_against_stays(root):
+    first = keeping.status(str(root))["runs"][0]["run"]
+    plan = untrained.plan_of(root, evaluate__guidance_scale=3.0, evaluate__gates=f"not worse than {first}")
+    for stage in plan.pending:
+        if stage.name != "report":
+            untrained.make(plan, stage)
+    runs._keep(plan, {"run": plan.run, "stages": [], "report": None}, 1.0)
+    assert collected(root, keep_runs=1, dry_run=True)["runs"] == []
+
+
+def test_of_an_artifact_that_lies_elsewhere_the_link_alone_goes(root, tmp_path):
+    lost = orphan(root)
+    shutil.move(lost, tmp_path / "elsewhere")
+    lost.symlink_to(tmp_path / "elsewhere")
+    assert len(collected(root)["artifacts"]) == 1 and not lost.is_symlink()
+    assert list((tmp_path / "elsewhere/_meta/snapshots").iterdir())
+
+
 def test_the_points_of_a_sweep_stay(root):
     run = keeping.status(str(root))["runs"][0]["run"]
     lost = orphan(root)
@@ -159,10 +177,11 @@ def test_a_run_notes_its_start_and_takes_the_note_back(root, monkeypatch):
     assert not (root / plan.run / "started.json").exists()
 
 
-def test_a_record_that_cannot_be_read_stops_everything(root):
+@pytest.mark.parametrize("content", ["{", "[]", '{"stages": []}', '{"run": 1, "stages": 2}'])
+def test_a_record_that_cannot_be_read_stops_everything(root, content):
     run, lost = keeping.status(str(root))["runs"][0]["run"], orphan(root)
-    (root / run / "run.json").write_text("{")
-    with pytest.raises(CorruptArtifact, match="is no record of a run"):
+    (root / run / "run.json").write_text(content)
+    with pytest.raises(CorruptArtifact, match=r"is no record of a run|does not say what the run is made of"):
         collected(root)
     assert lost.exists()
 

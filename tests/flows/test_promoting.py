@@ -35,6 +35,7 @@ def finished(root: Path, run: str, score: float, *, status: str = "ran", prompts
     (root / run).mkdir()
     record = {
         "run": run, "stages": [{"name": "report", "status": status}], "folders": {"evaluate": str(folder)},
+        "recipe": {"evaluate": {"gates": []}},
         "finished": f"2026-01-0{len(list(root.iterdir()))}T00:00:00+00:00", "report": None,
     }  # fmt: skip
     (root / run / "run.json").write_text(json.dumps(record))
