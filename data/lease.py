@@ -60,7 +60,7 @@ def lease(
     finally:
         stopped.set()
         beating.join()
-        with _alone(path):
+        with contextlib.suppress(FileNotFoundError), _alone(path):  # its holder may have removed the artifact
             if (owner := _read(path)) and owner.token == token:
                 path.unlink(missing_ok=True)
 

@@ -201,7 +201,7 @@ def _load(kind: type, path: str, **extra: Any) -> Any:
     try:
         loaded = kind.model_validate_json(payload)
     except ValueError as error:
-        raise CorruptArtifact(f"{path} is not a {kind.__name__}: {error}") from error
+        raise CorruptArtifact(f"{path} is not a {kind.__name__}: {str(error).splitlines()[0]}") from error
     return loaded.model_copy(update=extra) if extra else loaded
 
 

@@ -257,7 +257,13 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _walk(folder: str, prefix: str) -> Iterator[Entry]:
-    with os.scandir(folder) as items:
+    try:
+        listing = os.scandir(folder)
+    except FileNotFoundError:  # a folder that went while its parent was listed
+        if prefix:
+            return
+        raise
+    with listing as items:
         for item in items:
             if item.name.startswith("."):
                 continue

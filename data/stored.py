@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from data import storage
+from data.errors import CorruptArtifact
 from data.lease import Owner, holder
 from data.manifest import Snapshot, snapshots
 
@@ -29,6 +31,10 @@ class Stored:
     """Unix time of its last change; None for what was never committed in an object store."""
     builder: Owner | None
     """Who holds its lease and lives."""
+    is_damaged: bool = False
+    """Some snapshot cannot be read."""
+    is_linked: bool = False
+    """It lies outside of the store, behind a link."""
 
     @property
     def is_done(self) -> bool:
@@ -49,11 +55,27 @@ def name_of(folder: str) -> Name | None:
 
 
 def stored(root: str) -> Iterator[Stored]:
-    """Every artifact under `root`, finished or not. Raises CorruptArtifact for a snapshot that cannot be read."""
+    """Every artifact under `root`, finished or not: the folders `store/STAGE/KEY` that have a `_meta`."""
     store = storage.join(root, STORE)
     for stage in storage.list_folders(store):
         for key in storage.list_folders(storage.join(store, stage)):
-            yield _stored((stage, key), storage.join(store, stage, key))
+            folder = storage.join(store, stage, key)
+            if storage.is_folder(storage.join(folder, "_meta")):
+                yield _stored((stage, key), folder, _is_behind_a_link(store, folder))
+
+
+def remove(folder: str) -> None:
+    """Removes an artifact: its snapshots first, so that what is half removed is not there, its `_meta` last, so that it is
+    still known for what it is."""
+    kept = storage.join(folder, "_meta", "snapshots")
+    for name in storage.list_files(kept):
+        storage.remove(storage.join(kept, name))
+    for name in storage.list_folders(folder):
+        if name != "_meta":
+            storage.remove_tree(storage.join(folder, name))
+    for name in storage.list_files(folder):
+        storage.remove(storage.join(folder, name))
+    storage.remove_tree(folder)
 
 
 def needed(artifacts: Iterable[Stored], roots: Iterable[Name]) -> frozenset[Name]:
@@ -67,13 +89,21 @@ def needed(artifacts: Iterable[Stored], roots: Iterable[Name]) -> frozenset[Name
     return frozenset(found)
 
 
-def _stored(name: Name, folder: str) -> Stored:
-    made = tuple(snapshots(folder))
-    stamps = [entry.stamp.split("-") for entry in storage.list_tree(folder) if entry.stamp]
+def _is_behind_a_link(store: str, folder: str) -> bool:
+    if not storage.is_local(store):
+        return False
+    return not storage.local_path(folder).resolve().is_relative_to(storage.local_path(store).resolve())
+
+
+def _stored(name: Name, folder: str, is_linked: bool) -> Stored:
+    try:
+        made, is_damaged = tuple(snapshots(folder)), False
+    except CorruptArtifact:
+        made, is_damaged = (), True
+    stamps = [entry.stamp.split("-", 1) for entry in storage.list_tree(folder) if entry.stamp]
     changed = max((datetime.fromisoformat(s.created).timestamp() for s in made if s.created), default=None)
     if storage.is_local(folder):
-        written = [int(stamp[1]) / 1e9 for stamp in stamps]
-        changed = max(written or [storage.local_path(folder).stat().st_mtime])
+        changed = max((int(stamp[1]) / 1e9 for stamp in stamps), default=time.time())
     return Stored(
         name=name,
         folder=folder,
@@ -82,4 +112,6 @@ def _stored(name: Name, folder: str) -> Stored:
         bytes=sum(int(stamp[0]) for stamp in stamps),
         changed=changed,
         builder=holder(folder),
+        is_damaged=is_damaged,
+        is_linked=is_linked,
     )

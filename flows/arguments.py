@@ -160,6 +160,9 @@ def _store_commands(commands: Any) -> None:
         help="first forget all but the newest N runs; latest, production and pinned ones stay (default: every run is kept)",
     )
     gc.add_argument(
+        "--forget", action="append", default=[], metavar="RUN", help="forget this run first; repeatable"
+    )
+    gc.add_argument(
         "--older-than",
         type=_age,
         default="1d",

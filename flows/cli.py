@@ -279,6 +279,7 @@ def _gc(arguments: argparse.Namespace) -> int:
     found = keeping.collect(
         places.checked_root(arguments.root),
         keep_runs=arguments.keep_runs,
+        forget=arguments.forget,
         older_than=arguments.older_than,
         dry_run=arguments.dry_run,
     )

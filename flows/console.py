@@ -222,7 +222,7 @@ def _artifacts(rows: Sequence[Mapping[str, Any]]) -> Table:
 def size(count: float) -> str:
     """`812 B`, `3.2 MB` or `1.4 TB`, of 1000 each."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.3g} TB"

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from data import storage
-from data.errors import CorruptArtifact, UserError
+from data.errors import CorruptArtifact, LeaseHeld, UserError
 from data.lease import Owner, is_alive, lease
-from data.stored import Name, Stored, name_of, needed, stored
-from flows import runs
+from data.stored import STORE, Name, Stored, name_of, needed, remove, stored
+from flows import console, runs
 from training.metrics.gates import Against, parsed
+from training.metrics.tradeoff import Sweep
 
 PINNED = "pinned"
+PATIENCE_SECONDS = 600.0
+
+
+class Stage(BaseModel):
+    """A stage of a run's record."""
+
+    status: str
+
+
+class Record(BaseModel):
+    """What `run.json` and `started.json` say of a run, as far as keeping needs it."""
+
+    folders: dict[str, str]
+    external: dict[str, str] = {}
+    stages: list[Stage] = []
+    recipe: dict[str, Any] = {}
+    finished: str = ""
+    owner: Owner | None = None
+
+    @property
+    def names(self) -> set[Name]:
+        """Artifacts of a store that the run names; a source may lie in one."""
+        source = str((self.recipe.get("source") or {}).get("path") or "")
+        places = [*self.folders.values(), *self.external.values(), source, source.rpartition("/")[0]]
+        return {name for place in places if (name := name_of(place))}
+
+    @property
+    def baselines(self) -> set[str]:
+        """Runs that its gates hold it against."""
+        gates = map(parsed, (self.recipe.get("evaluate") or {}).get("gates") or ())
+        return {gate.run for gate in gates if isinstance(gate, Against)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's record, or what a run that has not ended left."""
+    """A run's folder."""
 
     name: str
     state: str
@@ -31,8 +62,7 @@ class Run:
     """UTC, ISO 8601; empty for one that has not ended."""
     pinned: bool
     artifacts: frozenset[Name]
-    baselines: frozenset[str] = frozenset()
-    """Runs that its gates hold it against."""
+    baselines: frozenset[str]
 
 
 def status(root: str) -> dict[str, Any]:
@@ -53,28 +83,48 @@ def status(root: str) -> dict[str, Any]:
     }
 
 
-def collect(root: str, *, keep_runs: int | None, older_than: float, dry_run: bool) -> dict[str, Any]:
+def collect(
+    root: str, *, keep_runs: int | None, forget: Collection[str], older_than: float, dry_run: bool
+) -> dict[str, Any]:
     """Removes what no run wants and nothing touched for `older_than` seconds; returns what `gc --json` prints.
 
-    With `keep_runs`, the records of all but that many of the newest runs go first; those that `latest`, `production` or a gate of a
-    kept run names, pinned, running and stopped ones stay. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
+    With `keep_runs`, the records of all but that many of the newest runs go first; those that a pointer or a gate of a kept
+    run names, pinned, running and stopped ones stay. `forget` names runs that go whatever their age. What lies behind a link
+    is never removed. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
     """
-    with lease(storage.join(root, runs.KEEPING)):
-        return _collected(root, keep_runs, older_than, dry_run)
+    if dry_run or not storage.exists(root):
+        return _collected(root, keep_runs, forget, older_than, dry_run=True) | {"dry_run": dry_run}
+    with lease(storage.join(root, runs.KEEPING), waiting=_say_who, patience=PATIENCE_SECONDS):
+        return _collected(root, keep_runs, forget, older_than, dry_run=False)
 
 
-def _collected(root: str, keep_runs: int | None, older_than: float, dry_run: bool) -> dict[str, Any]:
+def pin(root: str, name: str, *, pinned: bool) -> str:
+    """Keeps the run `name` from every `gc`, or no longer; returns its name. Raises UserError when there is no such run."""
+    run = runs.named(root, name)
+    mark = storage.join(root, run, PINNED)
+    with lease(storage.join(root, runs.KEEPING), waiting=_say_who, patience=PATIENCE_SECONDS):
+        if pinned:
+            storage.write_bytes(mark, b"")
+        else:
+            storage.remove(mark)
+    return run
+
+
+def _collected(
+    root: str, keep_runs: int | None, forget: Collection[str], older_than: float, *, dry_run: bool
+) -> dict[str, Any]:
     known, artifacts = _runs(root), list(stored(root))
-    _refuse_busy(root, known, artifacts)
-    dropped = _dropped(root, known, keep_runs)
-    wanted = needed(artifacts, {name for run in known if run not in dropped for name in run.artifacts})
+    _refuse_busy(known, artifacts)
+    dropped = _dropped(root, known, keep_runs, forget)
+    kept = {name for run in known if run not in dropped for name in run.artifacts}
     before = time.time() - older_than
-    doomed = [a for a in artifacts if a.name not in wanted and a.changed is not None and a.changed < before]
+    young = {a.name for a in artifacts if a.changed is None or a.changed >= before or a.is_linked}
+    wanted = needed(artifacts, kept)
+    doomed = [a for a in artifacts if a.name not in needed(artifacts, kept | young)]
     if not dry_run:
         for run in dropped:
-            storage.remove_tree(storage.join(root, run.name))
-        for artifact in doomed:
-            _remove(artifact)
+            _forget(storage.join(root, run.name))
+        doomed = [artifact for artifact in doomed if _removed(root, artifact)]
     return {
         "root": root,
         "dry_run": dry_run,
@@ -82,107 +132,136 @@ def _collected(root: str, keep_runs: int | None, older_than: float, dry_run: boo
         "artifacts": [_row(artifact, []) for artifact in doomed],
         "bytes": sum(artifact.bytes for artifact in doomed),
         "kept": len(artifacts) - len(doomed),
-        "young": len([a for a in artifacts if a.name not in wanted]) - len(doomed),
+        "young": len(artifacts) - len(doomed) - len([a for a in artifacts if a.name in wanted]),
     }
-
-
-def pin(root: str, name: str, *, pinned: bool) -> str:
-    """Keeps the run `name` from every `gc`, or no longer; returns its name. Raises UserError when there is no such run."""
-    run = runs.find(root, name)["run"]
-    mark = storage.join(root, run, PINNED)
-    if pinned:
-        storage.write_bytes(mark, b"")
-    else:
-        storage.remove(mark)
-    return run
 
 
 def _runs(root: str) -> list[Run]:
     """Newest first, those that have not ended before them."""
-    found = [_run(root, name) for name in storage.list_folders(root)]
-    return sorted((run for run in found if run), key=lambda run: run.finished or "~", reverse=True)
+    _refuse_lost_links(root)
+    names = [name for name in storage.list_folders(root) if name != STORE and not name.startswith(".")]
+    found = [run for name in names if (run := _run(root, name))]
+    return sorted(found, key=lambda run: run.finished or "~", reverse=True)
+
+
+def _refuse_lost_links(root: str) -> None:
+    if not storage.is_local(root) or not storage.local_path(root).is_dir():
+        return
+    for path in storage.local_path(root).iterdir():
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link that leads nowhere, so what its run wants is not known: mend or remove it"
+            )
 
 
 def _run(root: str, name: str) -> Run | None:
     folder = storage.join(root, name)
-    started = storage.join(folder, runs.STARTED)
-    has_started = storage.exists(started)
-    if not has_started and not storage.exists(storage.join(folder, runs.RECORD)):
+    started = _read(storage.join(folder, runs.STARTED))
+    ended = _read(storage.join(folder, runs.RECORD))
+    if started is None and ended is None:
         return None
+    records = [record for record in (started, ended) if record]
+    try:
+        names = {name for record in records for name in record.names}
+        baselines = frozenset(run for record in records for run in record.baselines)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(storage.join(folder, runs.RECORD)) from error
+    points = {name_of(point.uri) for sweep in _sweeps(folder) for point in sweep.points}
+    if started:
+        state = "running" if started.owner and is_alive(started.owner) else "stopped"
+    else:
+        is_failed = ended is not None and any(stage.status == "failed" for stage in ended.stages)
+        state = "failed" if is_failed else "finished"
+    finished = ended.finished if ended and not started else ""
     pinned = storage.exists(storage.join(folder, PINNED))
-    sweeps = {name_of(point.uri) for sweep in runs.sweeps(folder) for point in sweep.points}
-    if has_started:
-        record = _read(started)
-        state = "running" if is_alive(Owner.model_validate(record["owner"])) else "stopped"
-        return Run(name, state, "", pinned, _names(record) | (sweeps - {None}))
-    record = runs.find(root, name)
+    return Run(name, state, finished, pinned, frozenset(names | (points - {None})), baselines)
+
+
+def _read(path: str) -> Record | None:
     try:
-        is_failed = any(stage["status"] == "failed" for stage in record["stages"])
-        gates = [parsed(gate) for gate in record["recipe"]["evaluate"]["gates"]]
-        state, finished, names = "failed" if is_failed else "finished", record["finished"], _names(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifact(
-            f"{storage.join(folder, runs.RECORD)} does not say what the run is made of: run its recipe again, or remove the "
-            "folder"
-        ) from error
-    baselines = frozenset(gate.run for gate in gates if isinstance(gate, Against))
-    return Run(name, state, finished, pinned, names | (sweeps - {None}), baselines)
+        return Record.model_validate_json(storage.read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path) from error
 
 
-def _read(path: str) -> dict[str, Any]:
+def _sweeps(folder: str) -> Sequence[Sweep]:
     try:
-        record = json.loads(storage.read_bytes(path))
-        Owner.model_validate(record["owner"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise CorruptArtifact(f"{path} cannot be read: remove it and run its recipe again") from error
-    return record
+        return runs.sweeps(folder)
+    except ValidationError as error:
+        raise _unreadable(storage.join(folder, "sweep_….json")) from error
 
 
-def _names(record: dict[str, Any]) -> frozenset[Name]:
-    folders = [*record["folders"].values(), *record.get("external", {}).values()]
-    return frozenset(name for folder in folders if (name := name_of(folder)))
+def _unreadable(path: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"{path} cannot be read, so what its run wants is not known: run its recipe again, or remove its folder"
+    )
 
 
-def _refuse_busy(root: str, known: Sequence[Run], artifacts: Sequence[Stored]) -> None:
+def _say_who(owner: Owner) -> None:
+    console.log.warning(
+        "waiting for process %d on %s, which forgets runs or moves a pointer", owner.pid, owner.host
+    )
+
+
+def _refuse_busy(known: Sequence[Run], artifacts: Sequence[Stored]) -> None:
     for artifact in artifacts:
         if artifact.builder:
             raise UserError(
                 f"process {artifact.builder.pid} on {artifact.builder.host} is building {artifact.folder}: nothing was removed; "
                 "wait for it, or end it"
             )
+        if artifact.is_damaged:
+            raise UserError(
+                f"{artifact.folder} has a snapshot that cannot be read, so what it was made from is not known: nothing was "
+                f"removed; run `darkroom verify --repair {artifact.folder}`, or remove it"
+            )
     if running := [run.name for run in known if run.state == "running"]:
-        raise UserError(
-            f"run {', '.join(running)} under {root} is running: nothing was removed; wait for it, or end it"
-        )
+        raise UserError(f"run {', '.join(running)} is running: nothing was removed; wait for it, or end it")
 
 
-def _dropped(root: str, known: Sequence[Run], keep_runs: int | None) -> list[Run]:
-    if keep_runs is None:
-        return []
-    pointed = set(runs.pointed(root).values())
-    ended = [run for run in known if run.finished]
-    old = [run for run in ended[keep_runs:] if not run.pinned and run.name not in pointed]
+def _dropped(root: str, known: Sequence[Run], keep_runs: int | None, forget: Collection[str]) -> list[Run]:
+    serving = {*runs.pointed(root).values(), *runs.served_before(root)}
+    forget = {runs.named(root, name) for name in forget}
+    if needed_by := forget & serving:
+        raise UserError(f"--forget {', '.join(sorted(needed_by))}: latest, production or a rollback needs it")
+    ended = [run for run in known if run.finished][keep_runs:] if keep_runs else []
+    old = [run for run in ended if not run.pinned and run.name not in serving]
     while held := {b for run in known if run not in old for b in run.baselines} & {run.name for run in old}:
         old = [run for run in old if run.name not in held]
-    return old
+    return old + [run for run in known if run.name in forget and run not in old]
 
 
-def _remove(artifact: Stored) -> None:
-    """Its snapshots first: what is half removed is not there. Of an artifact that lies elsewhere, the link alone."""
-    if storage.is_local(artifact.folder) and storage.local_path(artifact.folder).is_symlink():
-        storage.remove_tree(artifact.folder)
-        return
-    for snapshot in artifact.snapshots:
-        storage.remove(storage.join(artifact.folder, "_meta", "snapshots", f"{snapshot.fingerprint}.json"))
-    storage.remove_tree(artifact.folder)
+def _forget(folder: str) -> None:
+    """Removes a run's folder, what names its artifacts last of all; of a link, the link alone."""
+    if not (storage.is_local(folder) and storage.local_path(folder).is_symlink()):
+        for name in storage.list_files(folder):
+            if name not in (runs.RECORD, runs.STARTED):
+                storage.remove(storage.join(folder, name))
+    storage.remove_tree(folder)
+
+
+def _removed(root: str, artifact: Stored) -> bool:
+    """Whether the artifact went: not when a run has begun to build or to want it since."""
+    try:
+        with lease(artifact.folder, patience=0.0):
+            begun = [run for run in _runs(root) if run.state == "running"]
+            if any(artifact.name in run.artifacts for run in begun):
+                return False
+            remove(artifact.folder)
+            return True
+    except LeaseHeld:
+        return False
 
 
 def _row(artifact: Stored, wanted_by: list[str]) -> dict[str, Any]:
     newest = max(artifact.snapshots, key=lambda s: (len(s.shards), s.created), default=None)
+    state = "done" if newest else "unfinished"
     return {
         "stage": artifact.name[0],
         "key": artifact.name[1],
-        "state": "being built" if artifact.builder else "done" if newest else "unfinished",
+        "state": "being built" if artifact.builder else "damaged" if artifact.is_damaged else state,
         "shards": max(artifact.receipts, len(newest.shards) if newest else 0),
         "samples": newest.samples if newest else 0,
         "bytes": artifact.bytes,

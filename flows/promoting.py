@@ -48,8 +48,8 @@ def promote(root: str, name: str, *, force: bool) -> Move:
     `force` asks for no comparison. Raises GateFailed, the pointer staying where it is, when the run is worse or nothing
     compares; UserError for a run without scores, or one whose own gates failed.
     """
-    record = runs.find(root, name)
-    run, scores = record["run"], measured_of(root, record["run"])
+    run, record = runs.named(root, name), runs.find(root, name)
+    scores = measured_of(root, run)
     if any(stage["status"] == "failed" for stage in record["stages"]):
         raise UserError(f"run {run} failed its own gates: it is not to be promoted")
     with lease(storage.join(root, runs.KEEPING)):

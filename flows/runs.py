@@ -37,7 +37,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     seconds: dict[str, float] = {}
     if pending:
         weights.require(pending)
-        _note_start(plan)
+        note_start(plan.root, plan.run, [plan])
         try:
             seconds = run_stages(plan, pending, address=address, verbose=verbose)
         except GateFailed as error:
@@ -94,11 +94,31 @@ def find(root: str, name: str) -> dict[str, Any]:
         ) from error
 
 
+def named(root: str, name: str) -> str:
+    """The folder of the run `name`, finished or not, or of the one that a pointer names; raises UserError when there is none."""
+    name = pointed(root).get(name, name)
+    if name in storage.list_folders(root) and storage.exists(storage.join(root, name, STARTED)):
+        return name
+    find(root, name)
+    return name
+
+
+def served_before(root: str) -> set[str]:
+    """The run that a rollback would go back to."""
+    path = storage.join(root, PRODUCTION)
+    moves = json.loads(storage.read_bytes(path))["moves"] if storage.exists(path) else []
+    return {move["replaced"] for move in moves[-1:]} - {None}
+
+
 def pointed(root: str) -> dict[str, str]:
     """Pointer -> the run that it names, of `latest` and `production`, as far as they are there."""
     found = {}
-    if storage.exists(path := storage.join(root, "latest")):
-        found["latest"] = storage.read_bytes(path).decode().strip()
+    try:
+        found["latest"] = storage.read_bytes(storage.join(root, "latest")).decode().strip()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise CorruptArtifact(f"{storage.join(root, 'latest')} cannot be read: remove it") from error
     if storage.exists(path := storage.join(root, PRODUCTION)):
         try:
             found["production"] = json.loads(storage.read_bytes(path))["moves"][-1]["run"]
@@ -208,14 +228,16 @@ def _outcome(plan: Plan) -> dict[str, Any]:
     return outcome
 
 
-def _note_start(plan: Plan) -> None:
+def note_start(root: str, run: str, plans: Sequence[Plan]) -> None:
+    """Notes that this process works on `plans` for the run, so that `gc` leaves what they name."""
     record = {
-        "run": plan.run,
-        "folders": {stage.name: stage.folder for stage in plan.stages},
-        "external": _external(plan),
+        "run": run,
+        "folders": {f"{i} {stage.name}": stage.folder for i, p in enumerate(plans) for stage in p.stages},
+        "external": {role: folder for plan in plans for role, folder in _external(plan).items()},
+        "recipe": plans[0].recipe.model_dump(mode="json"),
         "owner": this_process().model_dump(mode="json"),
     }
-    path = storage.join(plan.root, plan.run, STARTED)
+    path = storage.join(root, run, STARTED)
     storage.write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 

@@ -64,11 +64,13 @@ def sweep(root: str, name: str, text: str, *, address: str, verbose: bool) -> di
     _refuse_missing(plans[own], record["run"])
     pending = [stage for plan in plans.values() for stage in plan.pending if stage.name in MADE]
     if pending:
+        runs.note_start(root, record["run"], list(plans.values()))
         runs.run_stages(plans[own], pending, address=address, verbose=verbose)
     points = tuple(_point(plan, value, value == own) for value, plan in plans.items())
     found = Sweep(field=field, points=points, curves=curves(points))
     folder = storage.join(root, record["run"])
     _write(folder, found)
+    storage.remove(storage.join(folder, runs.STARTED))
     report = _draw(plans[own], folder)
     return {
         "run": record["run"],

@@ -29,7 +29,7 @@ FROZEN = {
     "compare": (["runs"], {"--vary", "--json", "--root"}),
     "recipes": ([], set()),
     "status": ([], {"--json", "--root"}),
-    "gc": ([], {"--dry-run", "--keep-runs", "--older-than", "--json", "--root"}),
+    "gc": ([], {"--dry-run", "--keep-runs", "--forget", "--older-than", "--json", "--root"}),
     "pin": (["run"], {"--off", "--root"}),
     "promote": (["run"], {"--force", "--root"}),
     "rollback": ([], {"--root"}),

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
 
 from data import storage
-from data.errors import CorruptArtifact, UserError
-from data.lease import lease, this_process
+from data.errors import UserError
+from data.lease import Owner, lease, this_process
 from data.stored import stored
 from data.verify import verify
 from flows import cli, keeping, runs
@@ -53,7 +53,9 @@ def names(root: Path) -> set[str]:
 
 
 def collected(root: Path, **changes) -> dict:
-    return keeping.collect(str(root), **({"keep_runs": None, "older_than": DAY, "dry_run": False} | changes))
+    return keeping.collect(
+        str(root), **({"keep_runs": None, "forget": (), "older_than": DAY, "dry_run": False} | changes)
+    )
 
 
 def test_status_tells_each_artifact_and_the_runs_that_want_it(root, untrained_run, capsys):
@@ -116,14 +118,6 @@ def test_a_run_that_a_kept_run_is_held_against_stays(root):
     assert collected(root, keep_runs=1, dry_run=True)["runs"] == []
 
 
-def test_of_an_artifact_that_lies_elsewhere_the_link_alone_goes(root, tmp_path):
-    lost = orphan(root)
-    shutil.move(lost, tmp_path / "elsewhere")
-    lost.symlink_to(tmp_path / "elsewhere")
-    assert len(collected(root)["artifacts"]) == 1 and not lost.is_symlink()
-    assert list((tmp_path / "elsewhere/_meta/snapshots").iterdir())
-
-
 def test_the_points_of_a_sweep_stay(root):
     run = keeping.status(str(root))["runs"][0]["run"]
     lost = orphan(root)
@@ -135,17 +129,20 @@ def test_the_points_of_a_sweep_stay(root):
 
 def test_what_a_stopped_run_made_stays_for_its_resuming(root):
     lost = orphan(root)
-    stopped = this_process().model_copy(update={"pid": 2**22 + 1})
-    note(root, "demo-stopped", lost, stopped)
+    note(root, "demo-stopped", lost, stopped())
     assert collected(root)["artifacts"] == []
     assert keeping.status(str(root))["runs"][0]["state"] == "stopped"
     shutil.rmtree(root / "demo-stopped")
     assert len(collected(root)["artifacts"]) == 1
 
 
-def note(root: Path, run: str, artifact: Path, owner) -> None:
+def stopped() -> Owner:
+    return this_process().model_copy(update={"pid": 2**22 + 1})
+
+
+def note(root: Path, run: str, artifact: Path, owner: Owner, **more) -> None:
     (root / run).mkdir()
-    record = {"run": run, "folders": {"generate": str(artifact)}, "owner": owner.model_dump(mode="json")}
+    record = {"run": run, "folders": {"0": str(artifact)}, "owner": owner.model_dump(mode="json")} | more
     (root / run / "started.json").write_text(json.dumps(record))
 
 
@@ -154,7 +151,7 @@ def test_nothing_is_removed_while_something_is_made(root):
     with lease(str(root / "store/denoiser/ba987654321f")), pytest.raises(UserError, match="is building"):
         collected(root)
     note(root, "demo-running", lost, this_process())
-    with pytest.raises(UserError, match=r"run demo-running under .* is running: nothing was removed"):
+    with pytest.raises(UserError, match="run demo-running is running: nothing was removed"):
         collected(root)
     assert lost.exists()
 
@@ -177,13 +174,108 @@ def test_a_run_notes_its_start_and_takes_the_note_back(root, monkeypatch):
     assert not (root / plan.run / "started.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"stages": []}', '{"run": 1, "stages": 2}'])
-def test_a_record_that_cannot_be_read_stops_everything(root, content):
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"folders": 2}', b"\xff", None])
+@pytest.mark.parametrize("name", ["run.json", "started.json", "sweep_x.json", "latest"])
+def test_a_record_that_cannot_be_read_stops_everything(root, capsys, name, content):
     run, lost = keeping.status(str(root))["runs"][0]["run"], orphan(root)
-    (root / run / "run.json").write_text(content)
-    with pytest.raises(CorruptArtifact, match=r"is no record of a run|does not say what the run is made of"):
-        collected(root)
+    place = root / name if name == "latest" else root / run / name
+    place.unlink(missing_ok=True)
+    if content is None:
+        place.mkdir()
+    else:
+        place.write_bytes(content)
+    if name == "latest" and content not in (b"\xff", None):
+        return
+    if name == "sweep_x.json" and content is None:
+        return
+    for command in ("status", "gc"):
+        assert cli.main([command, f"--root={root}"]) == 1
+        said = capsys.readouterr().err
+        assert "cannot be read" in said and said.count("\n") == 1
     assert lost.exists()
+
+
+def test_a_snapshot_that_cannot_be_read_is_shown_and_stops_gc(root, capsys):
+    lost = orphan(root)
+    next((lost / "_meta/snapshots").iterdir()).write_text("{")
+    assert "damaged" in {a["state"] for a in keeping.status(str(root))["artifacts"]}
+    assert cli.main(["gc", f"--root={root}"]) == 2
+    said = capsys.readouterr().err
+    assert "darkroom verify --repair" in said and said.count("\n") == 1 and lost.exists()
+
+
+def test_folders_that_are_no_artifacts_are_left_alone(tmp_path):
+    (tmp_path / "store/modules/auth").mkdir(parents=True)
+    (tmp_path / "store/modules/auth/a.js").write_text("code")
+    assert collected(tmp_path, older_than=0.0)["artifacts"] == []
+    assert (tmp_path / "store/modules/auth/a.js").exists()
+
+
+def test_nothing_behind_a_link_is_removed(root, tmp_path):
+    shutil.move(root / "store/generate", tmp_path / "generate")
+    (root / "store/generate").symlink_to(tmp_path / "generate")
+    shutil.rmtree(root / keeping.status(str(root))["runs"][0]["run"])
+    before = names(root)
+    collected(root, older_than=0.0)
+    kept = {name.split("/")[0] for name in names(root)}
+    assert "generate" in kept and "denoiser" in kept, "it, and what it was made from"
+    assert names(root) < before and {"evaluate", "report"}.isdisjoint(kept)
+    (root / "demo-lost").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match="is a link that leads nowhere"):
+        collected(root)
+
+
+def test_what_begins_while_gc_works_is_left_alone(root, monkeypatch):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    shutil.rmtree(root / run)
+    removing, removed = keeping.remove, []
+
+    def begins(folder: str) -> None:
+        removing(folder)
+        removed.append(folder)
+        if len(removed) == 1:
+            note(root, "demo-new", root / "store/generate" / generated, this_process())
+
+    generated = next((root / "store/generate").iterdir()).name
+    monkeypatch.setattr(keeping, "remove", begins)
+    aged(root)
+    gone = collected(root)
+    assert len(gone["artifacts"]) == 9 and names(root) == {f"generate/{generated}"}
+
+
+def test_a_stopped_run_keeps_the_weights_that_it_was_given(root):
+    lost = orphan(root)
+    note(root, "prepare-1", root / "store/embed/ffffffffffff", stopped(), external={"clip": str(lost)})
+    assert collected(root)["artifacts"] == [] and lost.exists()
+    assert collected(root, forget=["prepare-1"])["runs"] == ["prepare-1"]
+    assert not (root / "prepare-1").exists() and not lost.exists()
+
+
+def test_what_a_young_artifact_was_made_from_is_wanted(root):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    shutil.rmtree(root / run)
+    aged(root)
+    os.utime(next((root / "store/denoiser").glob("*/_meta/snapshots/*")))
+    left = {name.split("/")[0] for name in names(root)} - {
+        a["stage"] for a in collected(root, dry_run=True)["artifacts"]
+    }
+    assert left == {"shard", "clip", "embed", "vae", "encode", "denoiser"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    assert collected(tmp_path / "nowhere", dry_run=True)["artifacts"] == []
+    assert collected(tmp_path / "nowhere")["artifacts"] == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_renamed_run_is_pinned_by_the_name_that_it_has(root):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    (root / run).rename(root / "demo-best")
+    assert keeping.pin(str(root), "demo-best", pinned=True) == "demo-best"
+    assert (root / "demo-best/pinned").exists() and not (root / run).exists()
+    (root / "latest").write_text("demo-best")
+    with pytest.raises(UserError, match="--forget demo-best: latest, production or a rollback needs it"):
+        collected(root, forget=["demo-best"])
 
 
 def test_a_removal_that_is_killed_leaves_nothing_that_counts_as_made(root, monkeypatch):
@@ -196,8 +288,7 @@ def test_a_removal_that_is_killed_leaves_nothing_that_counts_as_made(root, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(storage, "remove_tree", killed)
         collected(root)
-    half = [a for a in stored(str(root)) if not a.is_done]
-    assert len(half) == 1 and half[0].bytes > 0
+    assert [a.name[0] for a in stored(str(root)) if not a.is_done] == ["clip"]
     assert len(collected(root, older_than=0.0)["artifacts"]) == 10 and names(root) == set()
 
 

@@ -92,8 +92,13 @@ def test_the_run_that_serves_outlives_every_gc(tmp_path, capsys):
     finished(tmp_path, "b", 0.3)
     finished(tmp_path, "c", 0.3)
     assert cli.main(["gc", f"--root={root}", "--keep-runs=1", "--older-than=0s"]) == 0
-    assert {run["run"] for run in keeping.status(root)["runs"]} >= {"a"}
-    assert len(keeping.status(root)["runs"]) == 2
+    assert {run["run"] for run in keeping.status(root)["runs"]} == {"a", "c"}
+    promote(root, "c", force=True)
+    for late in "def":
+        finished(tmp_path, late, 0.3)
+    assert cli.main(["gc", f"--root={root}", "--keep-runs=1", "--older-than=0s"]) == 0
+    assert {run["run"] for run in keeping.status(root)["runs"]} == {"a", "c", "f"}
+    assert rollback(root).run == "a"
     assert cli.main(["status", f"--root={root}"]) == 0
     assert "finished, production" in capsys.readouterr().out
     assert cli.main(["promote", "a", f"--root={root}"]) == 0
