@@ -13,12 +13,11 @@ from data import storage
 from data.errors import CorruptArtifact, LeaseHeld, UserError
 from data.lease import Owner, is_alive, lease
 from data.stored import STORE, Name, Stored, name_of, needed, remove, stored
-from flows import console, runs
+from flows import runs
 from training.metrics.gates import Against, parsed
 from training.metrics.tradeoff import Sweep
 
 PINNED = "pinned"
-PATIENCE_SECONDS = 600.0
 
 
 class Stage(BaseModel):
@@ -94,7 +93,7 @@ def collect(
     """
     if dry_run or not storage.exists(root):
         return _collected(root, keep_runs, forget, older_than, dry_run=True) | {"dry_run": dry_run}
-    with lease(storage.join(root, runs.KEEPING), waiting=_say_who, patience=PATIENCE_SECONDS):
+    with runs.keeping(root):
         return _collected(root, keep_runs, forget, older_than, dry_run=False)
 
 
@@ -102,7 +101,7 @@ def pin(root: str, name: str, *, pinned: bool) -> str:
     """Keeps the run `name` from every `gc`, or no longer; returns its name. Raises UserError when there is no such run."""
     run = runs.named(root, name)
     mark = storage.join(root, run, PINNED)
-    with lease(storage.join(root, runs.KEEPING), waiting=_say_who, patience=PATIENCE_SECONDS):
+    with runs.keeping(root):
         if pinned:
             storage.write_bytes(mark, b"")
         else:
@@ -196,12 +195,6 @@ def _sweeps(folder: str) -> Sequence[Sweep]:
 def _unreadable(path: str) -> CorruptArtifact:
     return CorruptArtifact(
         f"{path} cannot be read, so what its run wants is not known: run its recipe again, or remove its folder"
-    )
-
-
-def _say_who(owner: Owner) -> None:
-    console.log.warning(
-        "waiting for process %d on %s, which forgets runs or moves a pointer", owner.pid, owner.host
     )
 
 

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from data import storage
 from data.config import Config
 from data.errors import CorruptArtifact, GateFailed, UserError
-from data.lease import lease
 from flows import runs
 from flows.comparing import measured_of
 from training.metrics.gates import judge, parsed
@@ -22,7 +21,9 @@ class Move(Config):
     at: str
     """UTC, ISO 8601."""
     replaced: str | None
+    """What served before it: where a rollback goes."""
     reason: str
+    is_rollback: bool = False
 
 
 class Pointer(Config):
@@ -52,7 +53,7 @@ def promote(root: str, name: str, *, force: bool) -> Move:
     scores = measured_of(root, run)
     if any(stage["status"] == "failed" for stage in record["stages"]):
         raise UserError(f"run {run} failed its own gates: it is not to be promoted")
-    with lease(storage.join(root, runs.KEEPING)):
+    with runs.keeping(root):
         moves = history(root)
         holder = moves[-1].run if moves else None
         if holder == run:
@@ -70,23 +71,29 @@ def promote(root: str, name: str, *, force: bool) -> Move:
 
 def rollback(root: str) -> Move:
     """Moves `production` back to the run that served before. Raises UserError where none did, or where it is gone."""
-    with lease(storage.join(root, runs.KEEPING)):
+    with runs.keeping(root):
         moves = history(root)
-        earlier = moves[-1].replaced if moves else None
-        if earlier is None:
+        served = _served(moves)
+        if len(served) < 2:
             raise UserError(
                 f"no run served before the present one under {root}: there is nothing to go back to"
             )
+        *before, earlier, present = served
         runs.find(root, earlier)
-        back = f"rolled back from {moves[-1].run}"
-        return _moved(
-            root, moves, Move(run=earlier, at=_now(), replaced=_before(moves, earlier), reason=back)
-        )
+        replaced, reason = before[-1] if before else None, f"rolled back from {present}"
+        back = Move(run=earlier, at=_now(), replaced=replaced, reason=reason, is_rollback=True)
+        return _moved(root, moves, back)
 
 
-def _before(moves: tuple[Move, ...], run: str) -> str | None:
-    """What served before `run` when it was promoted, so that going back twice goes back two steps."""
-    return next(move.replaced for move in moves if move.run == run)
+def _served(moves: tuple[Move, ...]) -> list[str]:
+    """The runs that were promoted and not rolled back from, the present one last: going back twice goes back two steps."""
+    served: list[str] = []
+    for move in moves:
+        if move.is_rollback:
+            served.pop()
+        else:
+            served.append(move.run)
+    return served
 
 
 def _moved(root: str, moves: tuple[Move, ...], move: Move) -> Move:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
-from data.lease import this_process
+from data.lease import Owner, lease, this_process
 from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
 from stages.contract import StageSpec
@@ -25,6 +25,7 @@ PRODUCTION = "production.json"
 """The moves of the pointer `production`."""
 KEEPING = ".keeping"
 """Whose lease they hold who forget runs or move the pointer."""
+PATIENCE_SECONDS = 600.0
 STARTED = "started.json"
 """Of a run that has not ended: what it works on, and who it is. `gc` keeps that."""
 
@@ -107,7 +108,18 @@ def served_before(root: str) -> set[str]:
     """The run that a rollback would go back to."""
     path = storage.join(root, PRODUCTION)
     moves = json.loads(storage.read_bytes(path))["moves"] if storage.exists(path) else []
-    return {move["replaced"] for move in moves[-1:]} - {None}
+    return {move.get("replaced") for move in moves[-1:]} - {None}
+
+
+@contextmanager
+def keeping(root: str) -> Iterator[None]:
+    """Holds the lease of those who forget runs or move a pointer under `root`; says whom it waits for."""
+
+    def say(owner: Owner) -> None:
+        console.log.warning("waiting for process %d on %s, which works on %s", owner.pid, owner.host, root)
+
+    with lease(storage.join(root, KEEPING), waiting=say, patience=PATIENCE_SECONDS):
+        yield
 
 
 def pointed(root: str) -> dict[str, str]:

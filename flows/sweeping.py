@@ -70,7 +70,8 @@ def sweep(root: str, name: str, text: str, *, address: str, verbose: bool) -> di
     found = Sweep(field=field, points=points, curves=curves(points))
     folder = storage.join(root, record["run"])
     _write(folder, found)
-    storage.remove(storage.join(folder, runs.STARTED))
+    if pending:
+        storage.remove(storage.join(folder, runs.STARTED))
     report = _draw(plans[own], folder)
     return {
         "run": record["run"],

@@ -66,6 +66,13 @@ def test_going_back_twice_goes_back_two_steps(tmp_path):
         rollback(root)
     assert [move.run for move in history(root)] == ["a", "b", "c", "b", "a"]
     assert promote(root, "c", force=False).replaced == "a" and rollback(root).run == "a"
+    for run in "bac":
+        promote(root, run, force=True)
+    assert [rollback(root).run for _ in range(3)] == ["a", "b", "a"], (
+        "a run that served twice is no end of the way back"
+    )
+    with pytest.raises(UserError, match="no run served before"):
+        rollback(root)
 
 
 def test_what_does_not_compare_failed_or_was_not_evaluated_is_refused(tmp_path):
