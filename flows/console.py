@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -50,6 +51,12 @@ NOISY = (
 )
 QUIET_SECONDS = 15.0
 """Without a terminal, at most one line of progress per stage in this time."""
+
+
+def emit(document: Mapping[str, Any]) -> None:
+    """Writes `document` as one line of JSON to stdout."""
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
 
 
 def set_up_logging(*, verbose: bool) -> None:

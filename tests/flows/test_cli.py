@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows import cli
+from flows.commands import using
 
 CHECKOUT = Path(__file__).parents[2]
 COMMON = {"--root", "--set", "--json", "--verbose"}
@@ -48,6 +49,11 @@ def test_the_command_line_is_frozen():
         positionals = [action.dest for action in actions if not action.option_strings]
         found[name] = (positionals, {option for action in actions for option in action.option_strings})
     assert found == FROZEN
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_every_command_has_what_carries_it_out(name: str):
+    assert cli._command(name).__name__ == name
 
 
 def test_defaults_are_frozen():
@@ -159,7 +165,7 @@ def test_ctrl_c_is_exit_code_130_and_says_what_resumes(monkeypatch, capsys):
     def interrupted(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", interrupted)
+    monkeypatch.setattr(using, "recipes", interrupted)
     assert cli.main(["recipes"]) == 130
     assert capsys.readouterr().err == "darkroom: stopped; the same command resumes\n"
 

@@ -1,0 +1,94 @@
+"""Commands that build: what would run, running it, and preprocessing alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from data.errors import UserError
+from flows import console, places, recipes, runs
+from flows.comparing import baselines_of
+from flows.graph import prepare_nodes, unclip_nodes
+from flows.plan import Plan, make_plan
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Shows what would run and why; 1 with `--check` where something is pending."""
+    console.set_up_logging(verbose=arguments.verbose)
+    plan = _recipe_plan(arguments)
+    if arguments.json:
+        console.emit({"recipe": plan.recipe.name, "stages": [stage.as_json() for stage in plan.stages]})
+    else:
+        console.show_plan(plan, plan.stages)
+    return 1 if arguments.check and plan.pending else 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carries out a recipe, or a part of it."""
+    plan = _recipe_plan(arguments)
+    names = [stage.name for stage in plan.stages]
+    for option in ("only", "until"):
+        chosen = getattr(arguments, option)
+        if chosen and chosen not in names:
+            raise UserError(f"--{option} {chosen}: the plan has no such stage; it has {', '.join(names)}")
+    if arguments.only and arguments.until:
+        raise UserError("--only and --until exclude each other: give one")
+    if arguments.until:
+        names = names[: names.index(arguments.until) + 1]
+    if arguments.only:
+        _refuse_missing_inputs(plan, arguments.only)
+        names = [arguments.only]
+    return _carry_out(plan, names, arguments)
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Carries out preprocessing alone: shards, and a column for each encoder given."""
+    recipe = recipes.with_data(recipes.edited(recipes.prepare(), arguments.assignments), arguments.source)
+    nodes = prepare_nodes(recipe, retry_failed=arguments.retry_failed)
+    plan = make_plan(recipe, nodes, places.checked_root(arguments.root))
+    if len(nodes) == 1:
+        sys.stderr.write(
+            "no encoder was given, so shards alone are written; --set clip.pretrained=… adds embeddings, "
+            "--set vae.pretrained=… latents\n"
+        )
+    return _carry_out(plan, [stage.name for stage in plan.stages], arguments)
+
+
+def _carry_out(plan: Plan, names: list[str], arguments: argparse.Namespace) -> int:
+    console.set_up_logging(verbose=arguments.verbose)
+    if not arguments.json:
+        console.show_plan(plan, [stage for stage in plan.stages if stage.name in names])
+    places.make_folder(plan.root)
+    with console.quiet_stdout():
+        record = runs.carry_out(plan, names=names, address=arguments.address, verbose=arguments.verbose)
+    if arguments.json:
+        metrics = {name: score["value"] for name, score in record["metrics"].items()}
+        console.emit({**record, "metrics": metrics})
+        return 0
+    if record["metrics"]:
+        console.out.print(console.scores_table(list(record["metrics"].values())))
+    if all(stage["status"] == "cached" for stage in record["stages"]):
+        console.out.print("nothing to do: every stage is cached")
+    for stage in record["stages"]:
+        if arguments.command == "prepare":
+            console.out.print(f"{stage['name']:<7} {stage['uri']}", soft_wrap=True, markup=False)
+    if record["report"]:
+        console.out.print(record["report"], soft_wrap=True, markup=False)
+    return 0
+
+
+def _recipe_plan(arguments: argparse.Namespace) -> Plan:
+    recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
+    recipe = recipe if arguments.data is None else recipes.with_data(recipe, arguments.data)
+    root = places.checked_root(arguments.root)
+    baselines = baselines_of(recipe, root)
+    nodes = unclip_nodes(recipe, retry_failed=arguments.retry_failed, baselines=baselines)
+    return make_plan(recipe, nodes, root)
+
+
+def _refuse_missing_inputs(plan: Plan, name: str) -> None:
+    pending = {stage.name for stage in plan.pending}
+    stage = next(stage for stage in plan.stages if stage.name == name)
+    missing = sorted({ref.stage for ref in stage.inputs.values() if not ref.external} & pending)
+    if missing:
+        raise UserError(f"--only {name}: it needs {', '.join(missing)}, not made yet; use --until {name}")

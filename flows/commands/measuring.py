@@ -1,0 +1,70 @@
+"""Commands that measure and compare."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from flows import comparing, console, places
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """Measures two sets of pictures against each other."""
+    from flows.scoring import score as scored
+
+    console.set_up_logging(verbose=False)
+    wanted = [name for name in arguments.metrics.replace(" ", "").split(",") if name]
+    with console.quiet_stdout(), console.Bars() as bars:
+        found = scored(
+            arguments.real,
+            arguments.fake,
+            wanted,
+            arguments.extractor,
+            arguments.save_real,
+            lambda side, done, total: bars.show(side, done, total, "pictures"),
+        )
+    for warning in found["warnings"]:
+        console.log.warning("%s", warning)
+    if arguments.json:
+        console.emit(found)
+        return 0
+    console.out.print(console.scores_table(found["scores"]))
+    for line in dict.fromkeys(map(_protocol_line, found["scores"])):
+        console.out.print(line, soft_wrap=True, markup=False)
+    return 0
+
+
+def _protocol_line(score: dict[str, Any]) -> str:
+    protocol = score["protocol"]
+    return f"{protocol['extractor']} {protocol['extractor_digest'][:12]}, resize: {protocol['resize']}"
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Measures a run at every setting of a sweep."""
+    from flows.sweeping import rows_of, sweep
+
+    console.set_up_logging(verbose=arguments.verbose)
+    root = places.checked_root(arguments.root)
+    with console.quiet_stdout():
+        found = sweep(
+            root, arguments.run, arguments.sweep, address=arguments.address, verbose=arguments.verbose
+        )
+    if arguments.json:
+        console.emit(found)
+        return 0
+    console.out.print(console.plain_table(*rows_of(found)))
+    if found["report"]:
+        console.out.print(found["report"], soft_wrap=True, markup=False)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Puts runs side by side, where their protocols allow it."""
+    compared = comparing.compare(places.checked_root(arguments.root), arguments.runs, vary=arguments.vary)
+    if arguments.json:
+        console.emit(compared)
+        return 0
+    console.out.print(console.comparison_table(compared))
+    for row in compared["incomparable"]:
+        console.out.print(f"{row['name']}: {'; '.join(row['differences'])}", soft_wrap=True, markup=False)
+    return 0
