@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import storage
 from data.config import fingerprint, result_fields
-from training import checkpoint
+from training import checkpoint_facts
 from training.systems.system import TrainConfig
 
 
@@ -52,7 +52,7 @@ def donor(folder: str, config: TrainConfig, identity: str) -> Donor | None:
         if path.parents[1] == here:
             continue
         try:
-            facts = checkpoint.read_facts(path)
+            facts = checkpoint_facts.read(path)
         except (OSError, ValueError):
             continue
         last = min(facts.get("max_steps") or 0, config.max_steps)

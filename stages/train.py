@@ -15,11 +15,11 @@ from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import FileRecord, Snapshot, file_record, load_snapshot
-from stages import cluster, model_card, train_worker
+from stages import cluster, model_card
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit
-from training import checkpoint, sinks
+from training import checkpoint_facts, sinks
 from training.systems import clip, denoiser, prior, vae
 from training.systems.system import TrainConfig
 
@@ -88,7 +88,7 @@ def _refuse_misfit(name: str, config: TrainConfig, inputs: Inputs) -> None:
             f"{name} reads {', '.join(sorted(missing))}, which none of its inputs has; they have {', '.join(sorted(have))}"
         )
     everything = len(ColumnSet(list(inputs.values())))
-    samples = everything - train_worker.held_out_samples(config, everything)
+    samples = everything - config.held_out(everything)
     if samples < config.batch_size:
         raise UserError(
             f"{name}.batch_size={config.batch_size}, but there are only {samples} samples to train on: use at most {samples}, or more data"
@@ -101,7 +101,7 @@ def _settle_checkpoints(folder: Path, config: TrainConfig, workspace: Workspace,
         shutil.rmtree(folder, ignore_errors=True)  # made before, from what its inputs held then
     for path in sorted(folder.glob("step_*"), reverse=True):
         try:
-            checkpoint.refuse_another(path, checkpoint.read_facts(path), identity)
+            checkpoint_facts.refuse_another(path, checkpoint_facts.read(path), identity)
             return
         except OSError:
             continue
@@ -163,6 +163,8 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from stages import train_worker  # which imports the loop and its checkpoints
 
     records = storage.local_path(workspace.folder).resolve() / "_meta" / "ray"
     shutil.rmtree(records, ignore_errors=True)  # Ray refuses to go on from a truncated record of its own

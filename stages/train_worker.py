@@ -29,7 +29,7 @@ def work(spec: dict[str, Any]) -> None:
     everything = ColumnSet(
         [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
     )
-    columns, held = everything.split(held_out_samples(config, len(everything)))
+    columns, held = everything.split(config.held_out(len(everything)))
     trainable: Trainable = spec["fit"](config, columns)
     report, close = _reports(spec) if distributed.rank() == 0 else (lambda _: None, lambda: None)
     state = loop.train(
@@ -63,11 +63,6 @@ def _batches(trainable: Trainable, columns: ColumnSet, config: TrainConfig, step
             device=distributed.device(),
         )
     )
-
-
-def held_out_samples(config: TrainConfig, count: int) -> int:
-    """How many of `count` samples are kept for validation: none without it, and never more than a tenth."""
-    return min(config.validation_samples, count // 10) if config.validate_every else 0
 
 
 def _held_out(

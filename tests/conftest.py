@@ -106,7 +106,7 @@ def inception_weights(tmp_path_factory) -> Path:
     """Weights of FID's Inception, drawn at random so that no layer fades a picture out, as a file."""
     import torch
 
-    from training.metrics.inception import build_inception
+    from training.metrics.inception_network import build_inception
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("inception") / "random.pth"

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from training import distributed
+from training import checkpoint_facts, distributed
 from training.ema import Ema
 
 log = logging.getLogger("darkroom.checkpoint")
@@ -181,26 +181,10 @@ def restore(folder: Path, state: TrainState, identity: str) -> bool:
         facts = _verified(candidate)
         if facts is None:
             continue
-        refuse_another(candidate, facts, identity)
+        checkpoint_facts.refuse_another(candidate, facts, identity)
         _load(candidate, state, facts)
         return True
     return False
-
-
-def refuse_another(candidate: Path, facts: dict[str, Any], identity: str) -> None:
-    """Raises ValueError when the checkpoint `candidate` with these `facts` is not of `identity`."""
-    if facts["identity"] != identity:
-        raise ValueError(
-            f"{candidate} belongs to {facts['identity']}, not to {identity}: remove it or train elsewhere"
-        )
-
-
-def read_facts(candidate: Path) -> dict[str, Any]:
-    """What `state.json` of a checkpoint says; raises ValueError or OSError when it is not whole."""
-    facts = json.loads((candidate / "state.json").read_text())
-    if not isinstance(facts, dict) or facts.pop("digest", None) != _digest(facts):
-        raise ValueError("state.json changed on disk")
-    return facts
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -249,7 +233,7 @@ def _write_tensors(tensors: dict[str, Tensor], staging: Path, group: dist.Proces
 
 
 def _commit(target: Path, staging: Path, facts: dict[str, Any], keep: int) -> None:
-    (staging / "state.json").write_text(json.dumps({**facts, "digest": _digest(facts)}))
+    (staging / "state.json").write_text(json.dumps({**facts, "digest": checkpoint_facts.digest(facts)}))
     _sync(staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
@@ -279,7 +263,7 @@ def _prune(newest: Path, keep: int) -> None:
 
 def _score(candidate: Path) -> float | None:
     try:
-        return read_facts(candidate)["validation_loss"]
+        return checkpoint_facts.read(candidate)["validation_loss"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -294,7 +278,7 @@ def _verified(candidate: Path) -> dict[str, Any] | None:
     """The facts of a whole checkpoint; None, with a warning, for a damaged one. Each rank reads its share of the files."""
     facts, problem = None, ""
     try:
-        facts = read_facts(candidate)
+        facts = checkpoint_facts.read(candidate)
         files = sorted(facts["sha256"].items())[distributed.rank() :: distributed.world_size()]
         if damaged := [name for name, digest in files if _sha256(candidate / name) != digest]:
             problem = f"{', '.join(damaged)} changed on disk"
@@ -314,10 +298,6 @@ def _cause(error: BaseException) -> Exception:
         return named or next(iter(causes), RuntimeError(str(error)))
     assert isinstance(error, Exception)
     return error
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -99,7 +99,7 @@ def make_inputs(scratch: Path, images: int, side: int) -> list[str]:
     import torch
     from PIL import Image
 
-    from training.metrics.inception import build_inception
+    from training.metrics.inception_network import build_inception
 
     rng = np.random.default_rng(0)
     for name, warmth in (("real", 0), ("fake", 20)):

@@ -12,7 +12,7 @@ import pytest
 
 from data.manifest import ShardRecord, publish_receipt, snapshot_path
 from stages import continuation
-from training import checkpoint
+from training import checkpoint_facts
 
 CHECKOUT = Path(__file__).parents[2]
 AFTER_DENOISER = ["denoiser", "generate", "evaluate", "report"]
@@ -113,7 +113,7 @@ def _checkpoint(stage, digests: dict[str, str], clock: int) -> None:
     folder = Path(stage.folder, "checkpoints", f"step_{clock:08d}")
     folder.mkdir(parents=True)
     facts = {"identity": identity, "clock": clock, "max_steps": config.max_steps}
-    (folder / "state.json").write_text(json.dumps({**facts, "digest": checkpoint._digest(facts)}))
+    (folder / "state.json").write_text(json.dumps({**facts, "digest": checkpoint_facts.digest(facts)}))
 
 
 def test_a_longer_training_with_a_constant_rate_continues_a_shorter_one(plan_of, publish):

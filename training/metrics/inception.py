@@ -1,7 +1,4 @@
-"""The FID variant of Inception v3: the network whose pooled features the published FID and KID are defined on.
-
-torchvision's own Inception differs in its pooling and its weights, and gives another metric. Here average pools inside
-the blocks leave the padding out of their counts, and the last block pools by maximum. Weights come from a local file.
+"""Features of FID's Inception v3, on which the published FID and KID are defined. Weights come from a local file.
 
 Legend: B pictures, H W pixels.
 """
@@ -21,7 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.models import inception
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -36,73 +32,6 @@ Resize = Literal["tf1", "clean"]
 """The published conventions: bilinear as in TensorFlow 1, or Pillow's bicubic on floats. They are two metrics."""
 
 
-class FidInceptionA(inception.InceptionA):
-    """Mixed_5b to 5d, average pool without padding."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        return [
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(_mean_inside(x)),
-        ]
-
-
-class FidInceptionC(inception.InceptionC):
-    """Mixed_6b to 6e, average pool without padding."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return [
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(_mean_inside(x)),
-        ]
-
-
-class FidInceptionE(inception.InceptionE):
-    """Mixed_7b, average pool without padding."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [
-            self.branch1x1(x),
-            torch.cat([self.branch3x3_2a(single), self.branch3x3_2b(single)], dim=1),
-            torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], dim=1),
-            self.branch_pool(self._pool(x)),
-        ]
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return _mean_inside(x)
-
-
-class FidInceptionELast(FidInceptionE):
-    """Mixed_7c, which pools by maximum."""
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
-
-
-def build_inception() -> inception.Inception3:
-    """The network with its 1008-way head, as the weights file has it; valid on the meta device."""
-    blocks = [
-        inception.BasicConv2d,
-        FidInceptionA,
-        inception.InceptionB,
-        FidInceptionC,
-        inception.InceptionD,
-        FidInceptionE,
-        inception.InceptionAux,
-    ]
-    model = inception.Inception3(
-        num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=blocks
-    )
-    model.Mixed_7c = FidInceptionELast(WIDTH)
-    return model
-
-
 def load_inception(path: str | Path, expect_sha256: str | None = WEIGHTS_SHA256) -> nn.Module:
     """The feature network in evaluation mode, on the CPU, mapping normalised (B, 3, 299, 299) to (B, 2048) float32.
 
@@ -111,6 +40,8 @@ def load_inception(path: str | Path, expect_sha256: str | None = WEIGHTS_SHA256)
     `path` is a local .pth (tensors only) or .safetensors. `expect_sha256` is the file's digest in hex; None accepts any
     weights that fit. Raises FileNotFoundError, and ValueError when the digest or the tensors are not what is expected.
     """
+    from training.metrics.inception_network import build_inception  # torchvision takes seconds to import
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -208,10 +139,6 @@ def _tf1_taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tenso
 
 def _blend(low: Tensor, high: Tensor, weight: Tensor) -> Tensor:
     return low + (high - low) * weight
-
-
-def _mean_inside(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
 def _check_digest(path: Path, expect_sha256: str) -> None:

@@ -100,6 +100,10 @@ class TrainConfig(Config):
         description="services that get the metrics besides Parquet and TensorBoard: wandb, mlflow, or both with a comma",
     )
 
+    def held_out(self, count: int) -> int:
+        """How many of `count` samples are kept for validation: none without it, and never more than a tenth."""
+        return min(self.validation_samples, count // 10) if self.validate_every else 0
+
 
 class Columns(Protocol):
     """Random access to a dataset's row-aligned columns; `data.loader.ColumnSet` is the real one."""

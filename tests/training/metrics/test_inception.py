@@ -11,14 +11,16 @@ from torchvision.models.inception import InceptionE
 
 from training.metrics.inception import (
     MICRO_BATCH,
-    FidInceptionA,
-    FidInceptionE,
-    FidInceptionELast,
-    build_inception,
     features,
     load_inception,
     resize_clean,
     resize_tf1,
+)
+from training.metrics.inception_network import (
+    FidInceptionA,
+    FidInceptionE,
+    FidInceptionELast,
+    build_inception,
 )
 
 

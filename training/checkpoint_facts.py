@@ -1,0 +1,29 @@
+"""What a checkpoint says of itself, without its tensors: which training it is of, and how far that had come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def refuse_another(candidate: Path, facts: dict[str, Any], identity: str) -> None:
+    """Raises ValueError when the checkpoint `candidate` with these `facts` is not of `identity`."""
+    if facts["identity"] != identity:
+        raise ValueError(
+            f"{candidate} belongs to {facts['identity']}, not to {identity}: remove it or train elsewhere"
+        )
+
+
+def read(candidate: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says; raises ValueError or OSError when it is not whole."""
+    facts = json.loads((candidate / "state.json").read_text())
+    if not isinstance(facts, dict) or facts.pop("digest", None) != digest(facts):
+        raise ValueError("state.json changed on disk")
+    return facts
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """Hex SHA-256 of `facts`, which `state.json` carries beside them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
