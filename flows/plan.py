@@ -10,9 +10,9 @@ from data import storage
 from data.config import fingerprint, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import Snapshot, load_snapshot, snapshots
-from flows import lineage
+from flows import placing
 from flows.graph import Node
-from flows.lineage import Place
+from flows.placing import Place
 from flows.recipes import Recipe
 from stages import continuation
 from stages.contract import InputRef
@@ -98,8 +98,8 @@ def _place(
     if not node.stage.grows:
         return Place(storage.join(root, "store", node.name, _name(node, inputs)), node)
     if "data" not in inputs:
-        return lineage.of_shards(node, root)
-    return lineage.of_columns(node, root, inputs, planned[inputs["data"].stage].place)
+        return placing.of_shards(node, root)
+    return placing.of_columns(node, root, inputs, planned[inputs["data"].stage].place)
 
 
 def _resolve(ref: str | InputRef, planned: Mapping[str, PlannedStage]) -> InputRef:
