@@ -51,7 +51,8 @@ class Stored:
 def name_of(folder: str) -> Name | None:
     """(stage, key) of the folder of an artifact; None for a folder outside of any store, such as weights made elsewhere."""
     parts = folder.rstrip("/").rsplit("/", 3)
-    return (parts[2], parts[3]) if len(parts) == 4 and parts[1] == STORE else None
+    is_name = len(parts) == 4 and parts[1] == STORE and ".." not in parts[2:]
+    return (parts[2], parts[3]) if is_name else None
 
 
 def stored(root: str) -> Iterator[Stored]:

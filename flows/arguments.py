@@ -151,6 +151,12 @@ def _store_commands(commands: Any) -> None:
     )
     status.add_argument("--json", action="store_true", help="one JSON line on stdout")
     _root(status)
+    lineage = _command(commands, "lineage", "say what made a run or an artifact, and from which data")
+    lineage.add_argument(
+        "place", metavar="RUN|URI", help="a run's name under the root, or latest; or an artifact's folder"
+    )
+    lineage.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(lineage)
     gc = _command(commands, "gc", "remove what no run wants any more; refuses while a run is under way")
     gc.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     gc.add_argument(

@@ -60,6 +60,7 @@ ROOMS = {
     "evaluate": "measuring",
     "compare": "measuring",
     "status": "storing",
+    "lineage": "storing",
     "gc": "storing",
     "pin": "storing",
     "promote": "storing",

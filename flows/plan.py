@@ -10,16 +10,13 @@ from data import storage
 from data.config import fingerprint, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import Snapshot, load_snapshot, snapshots
-from flows import placing
+from flows import placing, settings
 from flows.graph import Node
 from flows.placing import Place
 from flows.recipes import Recipe
 from stages import continuation
 from stages.contract import InputRef
 from training.systems.system import TrainConfig
-
-SECTIONS = {"shard": "", "generate": "evaluate."}
-"""Stage -> prefix that its config's fields have in the recipe; a stage's own name otherwise."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +204,8 @@ def _changes(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot | Non
 
 
 def _differences(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot) -> list[str]:
-    prefix = SECTIONS.get(node.name, f"{node.name}.")
-    now, then = _flat(result_fields(node.config)), _flat(earlier.config)
+    prefix = settings.SECTIONS.get(node.name, f"{node.name}.")
+    now, then = settings.flat(result_fields(node.config)), settings.flat(earlier.config)
     found = (
         [f"stage version {earlier.version} → {node.stage.version}"]
         if earlier.version != node.stage.version
@@ -232,17 +229,7 @@ def _differences(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot) 
 
 def _estimate(recipe: Recipe, node: Node, earlier: Snapshot | None) -> float | None:
     if earlier is not None and earlier.seconds:
-        now, then = _flat(result_fields(node.config)), _flat(earlier.config)
+        now, then = settings.flat(result_fields(node.config)), settings.flat(earlier.config)
         scale = (now.get("max_steps") or 1) / (then.get("max_steps") or 1)
         return earlier.seconds * scale * ((now.get("num_images") or 1) / (then.get("num_images") or 1))
     return recipe.expected_seconds.get(node.name)
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

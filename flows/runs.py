@@ -262,6 +262,7 @@ def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:
         **record,
         "recipe": plan.recipe.model_dump(mode="json"),
         "folders": {stage.name: stage.folder for stage in plan.stages},
+        "fingerprints": {stage.name: stage.fingerprint for stage in plan.stages},
         "external": _external(plan),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),

@@ -59,6 +59,19 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def lineage(arguments: argparse.Namespace) -> int:
+    """Shows what made a run or an artifact, up to the rows of the source."""
+    from flows.lineage import lineage as followed
+    from flows.lineage_tree import tree
+
+    found = followed(places.checked_root(arguments.root), arguments.place)
+    if arguments.json:
+        console.emit(found.model_dump(mode="json"))
+        return 0
+    console.out.print(tree(found))
+    return 0
+
+
 def gc(arguments: argparse.Namespace) -> int:
     """Removes what no run, pin or pointer needs."""
     found = keeping.collect(

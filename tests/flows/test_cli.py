@@ -30,6 +30,7 @@ FROZEN = {
     "compare": (["runs"], {"--vary", "--json", "--root"}),
     "recipes": ([], set()),
     "status": ([], {"--json", "--root"}),
+    "lineage": (["place"], {"--json", "--root"}),
     "gc": ([], {"--dry-run", "--keep-runs", "--forget", "--older-than", "--json", "--root"}),
     "pin": (["run"], {"--off", "--root"}),
     "promote": (["run"], {"--force", "--root"}),
