@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
@@ -15,6 +16,7 @@ from data import storage
 from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
+from stages.jobs import JobsConfig, is_job_server, require, run_as_job
 from training.metrics.scores import Score
 
 Watch = Callable[[str, float, float, str, str], None]
@@ -27,15 +29,27 @@ FAILURES: ContextVar[list[Exception]] = ContextVar("darkroom_failures")
 
 
 @task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
-def run_stage(stage: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs one stage to its snapshot; returns where it lies and how long it took."""
+def run_stage(
+    stage: str,
+    spec: dict[str, Any],
+    address: str = "local",
+    jobs: dict[str, Any] | None = None,
+    later: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Runs one stage to its snapshot, on the connected cluster or as a job; returns where it lies and how long it took."""
     watch = WATCH.get()
     watch(stage, -1, 0, "", "start")
+
+    def progress(done: float, total: float, unit: str, note: str = "") -> None:
+        watch(stage, done, total, unit, note)
+
+    one, *others = map(StageSpec.model_validate, (spec, *later))
     try:
-        snapshot = run_spec(
-            StageSpec.model_validate(spec),
-            lambda done, total, unit, note="": watch(stage, done, total, unit, note),
-        )
+        if is_job_server(address):
+            config, say = JobsConfig.model_validate(jobs or {}), get_run_logger().info
+            snapshot = run_as_job(one, address, config, progress=progress, say=say, later=others)
+        else:
+            snapshot = run_spec(one, progress)
     except Exception as error:
         FAILURES.get([]).append(error)
         raise
@@ -49,18 +63,34 @@ def pipeline(
     specs: list[dict[str, Any]],
     plan: list[dict[str, Any]],
     address: str = "local",
+    jobs: dict[str, Any] | None = None,
     verbose: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs the pending stages `specs` in order on the cluster at `address`, with the plan, scores and report as artifacts."""
+    """Runs the pending stages `specs` in order on the cluster at `address`, with the plan, scores and report as artifacts.
+
+    `jobs` is a `JobsConfig`, for an address of a job server.
+    """
     create_table_artifact(table=plan, key="plan", description=run)
     results = []
+    with _reached(address, specs, verbose):
+        for i, spec in enumerate(specs):
+            later = specs[1:] if i == 0 else []  # the first job refuses what the cluster cannot run later
+            results.append(run_stage(spec["stage"], spec, address, jobs, later))
+            _publish(results[-1])
+    return results
+
+
+@contextmanager
+def _reached(address: str, specs: list[dict[str, Any]], verbose: bool) -> Iterator[None]:
+    """The cluster at `address`, connected or answering, and able to run all of `specs`."""
+    if is_job_server(address):
+        require(address)
+        yield
+        return
     with cluster(address, verbose=verbose):
         for spec in specs:
             check_spec(StageSpec.model_validate(spec))
-        for spec in specs:
-            results.append(run_stage(spec["stage"], spec))
-            _publish(results[-1])
-    return results
+        yield
 
 
 def _publish(result: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from stages.embed import EmbedConfig
 from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
+from stages.jobs import JobsConfig
 from training.metrics import gates
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig
@@ -73,6 +74,7 @@ class Recipe(Config):
     source: SourceConfig = SourceConfig()
     shard: ShardConfig = ShardConfig()
     fanout: FanoutConfig = FanoutConfig()
+    jobs: JobsConfig = JobsConfig()
     clip: ClipConfig = ClipConfig()
     embed: EmbedConfig = EmbedConfig()
     vae: VaeConfig = VaeConfig()

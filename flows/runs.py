@@ -167,6 +167,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
         folder=stage.folder,
         fingerprint=stage.fingerprint,
         fanout=plan.recipe.fanout,
+        version=stage.node.stage.version,
     )
 
 
@@ -197,7 +198,8 @@ def run_stages(
         rows = [stage.as_json() for stage in plan.stages]
         try:
             embedded_prefect.start(home)
-            results = pipeline(plan.run, specs, rows, address=address, verbose=verbose)
+            jobs = plan.recipe.jobs.model_dump(mode="json")
+            results = pipeline(plan.run, specs, rows, address=address, jobs=jobs, verbose=verbose)
         except Exception as error:
             if error in failures or isinstance(error, DarkroomError):
                 raise

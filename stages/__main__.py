@@ -4,39 +4,89 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 
+from pydantic import ValidationError
+
 from data import storage
-from data.errors import DarkroomError
+from data.errors import NO_PLACE_TO_WRITE, DarkroomError, UserError
 from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
-from stages.contract import StageSpec
+from stages.contract import Progress, StageSpec, silent
+from stages.journal import Journal
 
 log = logging.getLogger("darkroom")
 
 
 def main() -> int:
-    """Exit code: 0 when the snapshot is there, 1 when the stage failed, 2 when the spec or its input is wrong."""
+    """Exit code: 0 when the snapshot is there, 1 when the stage failed, 2 when the spec or its input is wrong, 130 when the
+    stage was told to stop by SIGINT or SIGTERM: a training saves a checkpoint first, other stages finish the shards begun."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    journal = Journal() if arguments.journal else None
+    try:
+        _run(arguments, journal or silent)
+    except BaseException as error:
+        if journal:
+            journal.failed(error)
+        return _exit_code(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     parser.add_argument("spec", help="path or URL of a StageSpec as JSON")
     parser.add_argument(
         "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
     )
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    try:
-        spec = StageSpec.model_validate_json(storage.read_bytes(arguments.spec))
-        with cluster(arguments.address):
-            check_spec(spec)
-            snapshot = run_spec(spec)
-    except (ValueError, FileNotFoundError) as error:
-        log.error("%s", error)
-        return 2
-    except DarkroomError as error:
-        log.error("%s", error)
-        return 1
+    parser.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="spec of a later stage: refused now if the cluster can never run it; repeatable",
+    )
+    parser.add_argument(
+        "--journal", action="store_true", help="tell progress and failure on stdout, in lines for a program"
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace, progress: Progress) -> None:
+    spec, *later = map(_read, (arguments.spec, *arguments.then))
+    with cluster(arguments.address):
+        for each in (spec, *later):
+            check_spec(each)
+        snapshot = run_spec(spec, progress)
     log.info("%s %s", snapshot.stage, snapshot.folder)
-    return 0
+
+
+def _read(uri: str) -> StageSpec:
+    try:
+        return StageSpec.model_validate_json(storage.read_bytes(uri))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{uri} does not exist where the stage runs: give a --root that every machine of the cluster shares"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{uri} is no spec that this version of Darkroom knows ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()})"
+        ) from error
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the process ends with; says why. Raises what is no failure that a user could mend."""
+    if isinstance(error, KeyboardInterrupt):
+        log.error("stopped; the same command resumes")
+        return 130
+    is_full = isinstance(error, OSError) and error.errno in NO_PLACE_TO_WRITE
+    if not isinstance(error, DarkroomError | FloatingPointError | ValueError) and not is_full:
+        raise error
+    log.error("%s", error)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from data.errors import UserError
 from data.lease import lease
 from data.manifest import Snapshot, load_snapshot
@@ -23,14 +25,28 @@ STAGES: dict[str, Stage] = {
 
 
 def check_spec(spec: StageSpec) -> None:
-    """Raises UserError when the connected cluster can never run `spec`."""
-    stage, gpus = STAGES[spec.stage], cluster.num_gpus()
+    """Raises UserError when the connected cluster can never run `spec`, or has another version of its stage."""
+    stage, gpus = STAGES.get(spec.stage), cluster.num_gpus()
+    if stage is None or spec.version not in (None, stage.version):
+        here = f"version {stage.version}" if stage else "none"
+        raise UserError(
+            f"the plan is for version {spec.version} of stage {spec.stage}, and the Darkroom that runs it has {here}: run "
+            "the same Darkroom on both sides (another image, or jobs.working_dir)"
+        )
     if spec.fanout.num_gpus > gpus:
         advice = f"use at most {gpus}" if gpus else "set it to 0 to work on CPUs"
         raise UserError(
             f"fanout.num_gpus={spec.fanout.num_gpus:g}, but the cluster has {gpus} GPUs: {advice}"
         )
-    stage.check(stage.config.model_validate(spec.config))
+    try:
+        config = stage.config.model_validate(spec.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise UserError(
+            f"the plan's {spec.stage} is not what the Darkroom that runs it knows ({what}): run the same Darkroom on both sides"
+        ) from error
+    stage.check(config)
 
 
 def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
@@ -45,11 +61,17 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
         waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
         patience=spec.fanout.lease_seconds,
     ):
+        if snapshot := made(spec):
+            return snapshot
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
-        made = load_snapshot(spec.folder, spec.fingerprint)
-        if made is not None and {r: p.digest for r, p in made.parents.items()} == {
-            r: s.digest for r, s in inputs.items()
-        }:
-            return made
         workspace = Workspace(spec.folder, spec.fingerprint, spec.fanout, progress)
         return stage.run(config, inputs, workspace)
+
+
+def made(spec: StageSpec) -> Snapshot | None:
+    """The snapshot that `spec` names, if it is in the store and of what its inputs hold now."""
+    snapshot = load_snapshot(spec.folder, spec.fingerprint)
+    if snapshot is None:
+        return None
+    parents = {role: parent.digest for role, parent in snapshot.parents.items()}
+    return snapshot if parents == {role: ref.open().digest for role, ref in spec.inputs.items()} else None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 
@@ -30,14 +33,13 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
     `local` starts a cluster of this machine's CPUs, without dashboard, on loopback, and stops it afterwards; `auto` and
     `HOST:PORT` attach to a running one. Raises UserError when there is none: Ray itself would quietly start a local one.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE", "disabled")
+    prepare_environment(address)
     import ray
 
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address == "local":
         # A packaged working directory would hide the checkout behind a copy; workers import what the driver imports.
@@ -50,10 +52,22 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
         )
     else:
         _attach(address, options)
+    _keep_handler(on_sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def prepare_environment(address: str) -> None:
+    """What Ray must find in the environment when it is imported.
+
+    Settings of the user stand. A cluster of this run alone has no token; towards another one, a token that is there is used.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token and address != "local" else "disabled")
 
 
 def num_cpus() -> int:
@@ -75,7 +89,7 @@ def _attach(address: str, options: dict) -> None:
 
     if address.startswith(("http://", "https://")):
         raise UserError(
-            f"--address {address}: job submission is not part of this version; use auto or HOST:PORT of a head"
+            f"--address {address}: this is carried out here, on a cluster at auto or HOST:PORT of a head"
         )
     head = _running_head() if address == "auto" else address
     if head is None or not _answers(head):  # ray.init would try for minutes, or start a cluster of its own
@@ -88,6 +102,18 @@ def _attach(address: str, options: dict) -> None:
         raise UserError(
             f"--address {address}: the Ray cluster at {head} refuses: {str(error).splitlines()[0]}"
         ) from error
+    attached = ray.get_runtime_context().gcs_address
+    if attached.rpartition(":")[2] != head.rpartition(":")[2]:
+        ray.shutdown()
+        raise UserError(
+            f"--address {address}: asked for the cluster at {head}, attached to one at {attached}"
+        )
+
+
+def _keep_handler(handler: Any) -> None:
+    """Ray's own handler of SIGTERM exits at once; whoever set one before wants to be told."""
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _running_head() -> str | None:

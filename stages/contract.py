@@ -86,6 +86,8 @@ class StageSpec(Config):
     folder: str
     fingerprint: str
     fanout: FanoutConfig = FanoutConfig()
+    version: int | None = None
+    """The stage's version where the plan was made; None: whatever it is where it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
