@@ -55,6 +55,12 @@ def name_of(folder: str) -> Name | None:
     return (parts[2], parts[3]) if is_name else None
 
 
+def under(root: str, folder: str) -> str:
+    """Where the artifact `folder` of some root lies under `root`, which may have been moved since; one of no store, where it is."""
+    name = name_of(folder)
+    return storage.join(root, STORE, *name) if name else folder
+
+
 def stored(root: str) -> Iterator[Stored]:
     """Every artifact under `root`, finished or not: the folders `store/STAGE/KEY` that have a `_meta`."""
     store = storage.join(root, STORE)

@@ -143,6 +143,14 @@ def _evaluation_commands(commands: Any) -> None:
     )
     compare.add_argument("--json", action="store_true", help="one JSON line on stdout")
     _root(compare)
+    diff = _command(commands, "diff", "say where two runs differ: settings, data, scores, pictures, time")
+    diff.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
+    diff.add_argument("other", metavar="RUN", help="the run to hold against it")
+    diff.add_argument(
+        "--out", metavar="FILE", help="write an HTML page of the same prompts by both, side by side"
+    )
+    diff.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    _root(diff)
 
 
 def _store_commands(commands: Any) -> None:

@@ -59,6 +59,7 @@ ROOMS = {
     "score": "measuring",
     "evaluate": "measuring",
     "compare": "measuring",
+    "diff": "measuring",
     "status": "storing",
     "lineage": "storing",
     "gc": "storing",

@@ -8,6 +8,7 @@ from typing import Any
 
 from data import storage
 from data.errors import UserError
+from data.stored import under
 from flows import runs
 from flows.recipes import Recipe
 from stages.contract import InputRef
@@ -28,15 +29,23 @@ def compare(root: str, names: Sequence[str], *, vary: Collection[str] = ()) -> d
     measured = {name: measured_of(root, name) for name in names}
     if len(measured) < len(names):
         raise UserError(f"compare {' '.join(names)}: a run is named twice; name different runs")
-    first = measured[names[0]]
+    table = side_by_side(measured, vary)
+    if not table["metrics"]:
+        raise UserError(_refusal(names, table["incomparable"]))
+    return table
+
+
+def side_by_side(
+    measured: Mapping[str, Mapping[str, Measured]], vary: Collection[str] = ()
+) -> dict[str, Any]:
+    """As `compare`, of scores by run and metric; nothing that compares is an answer too."""
+    (_, first), *_ = measured.items()
     shared = [metric for metric in first if all(metric in scores for scores in measured.values())]
-    table: dict[str, Any] = {"runs": list(names), "metrics": [], "incomparable": []}
+    table: dict[str, Any] = {"runs": list(measured), "metrics": [], "incomparable": []}
     for metric in shared:
         rows = {name: scores[metric] for name, scores in measured.items()}
         apart = _apart(rows, {*SUBJECT, *vary})
         table["incomparable" if apart else "metrics"].append(_row(metric, rows, apart, {*SUBJECT, *vary}))
-    if not table["metrics"]:
-        raise UserError(_refusal(names, table["incomparable"]))
     return table
 
 
@@ -44,7 +53,7 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
     """The scores of run `name` with their protocols; UserError when it has none, or older ones without a protocol."""
     record = runs.find(root, name)
     folder = record.get("folders", {}).get("evaluate")
-    path = folder and storage.join(folder, SCORES)
+    path = folder and storage.join(under(root, folder), SCORES)
     if not path or not storage.exists(path):
         raise UserError(
             f"run {record['run']} has no evaluation: run its recipe again without --until or --only"

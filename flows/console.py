@@ -162,7 +162,7 @@ def comparison_table(compared: Mapping[str, Any]) -> Table:
     for row in compared["metrics"]:
         arrow = "↑" if row["better"] == "higher" else "↓"
         values = [f"{row['values'][name]['value']:.4g}" for name in compared["runs"]]
-        held = [_difference(row["against_first"][name]) for name in others]
+        held = [difference(row["against_first"][name]) for name in others]
         table.add_row(f"{row['name']} {arrow}", *values, *held)
     for row in compared["incomparable"]:
         values = [
@@ -235,7 +235,13 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _difference(held: Mapping[str, Any]) -> str:
+def interval(score: Mapping[str, Any]) -> str:
+    """`0.74 (0.66 – 0.8)`: a value with its interval."""
+    return f"{score['value']:.4g} ({score['low']:.4g} – {score['high']:.4g})"
+
+
+def difference(held: Mapping[str, Any]) -> str:
+    """`+0.1 (+0.05 to +0.15) better`: a paired difference with its interval, where it has one."""
     if held["low"] is None:
         return f"{held['value']:+.4g}"
     return f"{held['value']:+.4g} ({held['low']:+.4g} to {held['high']:+.4g}) {held['verdict']}"

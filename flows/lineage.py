@@ -10,7 +10,7 @@ from data import storage
 from data.config import Config, result_fields
 from data.errors import CorruptArtifact, UserError
 from data.manifest import Parent, Snapshot, load_snapshot, snapshots
-from data.stored import STORE, name_of
+from data.stored import name_of, under
 from flows import places, runs, settings
 from flows.recipes import RECIPES, Recipe, prepare
 
@@ -134,7 +134,7 @@ def _artifacts_of(root: str, record: Mapping[str, Any]) -> dict[str, Snapshot | 
     """Stage -> what it made, of every stage that the run wanted and that did not fail."""
     wanted = [stage["name"] for stage in record.get("stages", []) if stage["status"] != "failed"]
     return {
-        stage: _made_at(stage, _under(root, folder), record.get("fingerprints", {}).get(stage))
+        stage: _made_at(stage, under(root, folder), record.get("fingerprints", {}).get(stage))
         for stage, folder in record.get("folders", {}).items()
         if stage in wanted
     }
@@ -149,12 +149,6 @@ def _made_at(stage: str, folder: str, name: str | None) -> Snapshot | Artifact:
     except CorruptArtifact:
         return Artifact(id=id, state="damaged", **told)
     return made or Artifact(id=id, state="missing", **told)
-
-
-def _under(root: str, folder: str) -> str:
-    """Where an artifact that was made under some root lies under `root`, which may have moved since."""
-    name = name_of(folder)
-    return storage.join(root, STORE, *name) if name else folder
 
 
 def _newest(folder: str) -> Snapshot | None:

@@ -68,3 +68,22 @@ def compare(arguments: argparse.Namespace) -> int:
     for row in compared["incomparable"]:
         console.out.print(f"{row['name']}: {'; '.join(row['differences'])}", soft_wrap=True, markup=False)
     return 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    """Shows where two runs differ: settings, data, scores, pictures, spend."""
+    from flows.diff import diff as found_between
+    from flows.diff_tables import tables
+
+    found = found_between(
+        places.checked_root(arguments.root), (arguments.run, arguments.other), arguments.out
+    )
+    if arguments.json:
+        console.emit(found)
+        return 0
+    for part in tables(found):
+        is_line = isinstance(part, str)
+        console.out.print(part, markup=not is_line, soft_wrap=is_line)
+    if arguments.out:
+        console.out.print(arguments.out, soft_wrap=True, markup=False)
+    return 0

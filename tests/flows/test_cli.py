@@ -28,6 +28,7 @@ FROZEN = {
     "report": (["run"], {"--root"}),
     "evaluate": (["run"], {"--sweep", "--json", "--verbose", "--root", "--address"}),
     "compare": (["runs"], {"--vary", "--json", "--root"}),
+    "diff": (["run", "other"], {"--out", "--json", "--root"}),
     "recipes": ([], set()),
     "status": ([], {"--json", "--root"}),
     "lineage": (["place"], {"--json", "--root"}),
