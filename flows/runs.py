@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,9 @@ from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed,
 from data.lease import Owner, lease, this_process
 from flows import console, embedded_prefect, weights
 from flows.plan import Plan, PlannedStage
+from stages.cluster import cluster
 from stages.contract import StageSpec
+from stages.jobs import is_job_server
 from stages.report import ReportConfig
 from training.metrics.scores import Score
 from training.metrics.tradeoff import Sweep
@@ -197,7 +200,7 @@ def run_stages(
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
         rows = [stage.as_json() for stage in plan.stages]
         try:
-            embedded_prefect.start(home)
+            _start_both(stack, home, address, verbose=verbose)
             jobs = plan.recipe.jobs.model_dump(mode="json")
             results = pipeline(plan.run, specs, rows, address=address, jobs=jobs, verbose=verbose)
         except Exception as error:
@@ -208,6 +211,15 @@ def run_stages(
             console.log.debug("the flow failed", exc_info=error)
             raise StageFailed(_outside_stages(error)) from error
     return {result["name"]: result["seconds"] for result in results}
+
+
+def _start_both(stack: ExitStack, home: Path, address: str, *, verbose: bool) -> None:
+    """Starts Prefect's server and reaches the cluster, side by side: each waits for processes that import for seconds."""
+    with ThreadPoolExecutor(1) as beside:
+        server = beside.submit(embedded_prefect.start, home)
+        if not is_job_server(address):
+            stack.enter_context(cluster(address, verbose=verbose))
+        server.result()
 
 
 def _outside_stages(error: Exception) -> str:

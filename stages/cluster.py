@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 """Ray's workers would run at niceness 15: beside anything else that wants a CPU, training all but stops."""
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Of a cluster of this machine alone: nobody gives it notice, and each process of Ray's takes seconds to import."""
 
 
 @contextmanager
@@ -42,14 +44,7 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address == "local":
-        # A packaged working directory would hide the checkout behind a copy; workers import what the driver imports.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=os.cpu_count(),
-            runtime_env=_runtime(),
-            **options,
-        )
+        _start(options)
     else:
         _attach(address, options)
     _keep_handler(on_sigterm)
@@ -59,12 +54,33 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def _start(options: dict[str, Any]) -> None:
+    """Starts a cluster of this machine's CPUs; once more where a busy machine exceeds the half minute that Ray gives it."""
+    import ray
+
+    for attempt in (1, 2):
+        try:
+            # A packaged working directory would hide the checkout behind a copy; workers import what the driver imports.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=os.cpu_count(),
+                runtime_env=_runtime(),
+                **options,
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
 def prepare_environment(address: str) -> None:
     """What Ray must find in the environment when it is imported.
 
     Settings of the user stand. A cluster of this run alone has no token; towards another one, a token that is there is used.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | (_ALONE if address == "local" else {})).items():
         os.environ.setdefault(name, value)
     has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token and address != "local" else "disabled")
