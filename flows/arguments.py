@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _root(report)
     _evaluation_commands(commands)
     _store_commands(commands)
+    _schedule_commands(commands)
     _command(commands, "recipes", "list the recipes")
     return top
 
@@ -197,6 +198,38 @@ def _store_commands(commands: Any) -> None:
     _root(promote)
     rollback = _command(commands, "rollback", "let `production` name the run that it named before")
     _root(rollback)
+
+
+def _schedule_commands(commands: Any) -> None:
+    deploy = _command(
+        commands,
+        "deploy",
+        "make the Prefect server at PREFECT_API_URL hold the deployments and schedules of a file",
+    )
+    _deployment_options(deploy)
+    deploy.add_argument("--json", action="store_true", help="one JSON line on stdout")
+    serve = _command(
+        commands, "serve", "run a Prefect server and a worker on this machine, with the deployments of a file"
+    )
+    _deployment_options(serve)
+    serve.add_argument(
+        "--port", type=_positive, default=4200, metavar="N", help="of the server, on loopback (default: 4200)"
+    )
+    serve.add_argument(
+        "--home",
+        metavar="DIR",
+        help="where its database and logs lie (default: .prefect/served under the root)",
+    )
+
+
+def _deployment_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--file",
+        metavar="YAML",
+        help="the deployments (default: infra/prefect/prefect.yaml of this checkout)",
+    )
+    _root(sub)
+    _address(sub)
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:

@@ -66,6 +66,8 @@ ROOMS = {
     "pin": "storing",
     "promote": "storing",
     "rollback": "storing",
+    "deploy": "scheduling",
+    "serve": "scheduling",
 }
 """A command's name -> the module of `flows/commands` whose function of that name carries it out."""
 

@@ -19,8 +19,11 @@ def configure(home: Path, *, verbose: bool) -> None:
     """Points Prefect at `home` and turns its telemetry off; must run before Prefect is imported.
 
     Settings that the user made in the environment stand. A server that an earlier, killed run left behind is ended.
+    Within a flow run of a worker nothing is done: its settings are the worker's.
     Raises OSError (ENOSPC) where the database has no room: the server would try for minutes to start.
     """
+    if is_within_flow_run():
+        return
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "prefect.db").exists() and shutil.disk_usage(home).free < DATABASE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(home))
@@ -37,6 +40,11 @@ def configure(home: Path, *, verbose: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     reap(home)
+
+
+def is_within_flow_run() -> bool:
+    """Whether a Prefect worker started this process to carry out a flow run."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
 
 
 def start(home: Path) -> None:
@@ -79,7 +87,9 @@ def reap(home: Path) -> None:
 
 
 def stop(home: Path) -> None:
-    """Flushes what Prefect still has to write and ends the embedded server."""
+    """Flushes what Prefect still has to write and ends the embedded server; a flow run of a worker goes on writing."""
+    if is_within_flow_run():
+        return
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from data import storage
 from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
 from stages.jobs import JobsConfig, is_job_server, require, run_as_job
-from training.metrics.scores import Score
 
 Watch = Callable[[str, float, float, str, str], None]
 """(stage, done, total, unit, note)."""
@@ -59,24 +55,18 @@ def run_stage(
 
 @flow(name="darkroom", flow_run_name="{run}", persist_result=False, validate_parameters=False)
 def pipeline(
-    run: str,
+    run: str,  # noqa: ARG001  names the flow run
     specs: list[dict[str, Any]],
-    plan: list[dict[str, Any]],
     address: str = "local",
     jobs: dict[str, Any] | None = None,
     verbose: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs the pending stages `specs` in order on the cluster at `address`, with the plan, scores and report as artifacts.
-
-    `jobs` is a `JobsConfig`, for an address of a job server.
-    """
-    create_table_artifact(table=plan, key="plan", description=run)
+    """Runs the pending stages `specs` in order on the cluster at `address`; `jobs` is a `JobsConfig`, for that of a job server."""
     results = []
     with _reached(address, specs, verbose):
         for i, spec in enumerate(specs):
             later = specs[1:] if i == 0 else []  # the first job refuses what the cluster cannot run later
             results.append(run_stage(spec["stage"], spec, address, jobs, later))
-            _publish(results[-1])
     return results
 
 
@@ -91,12 +81,3 @@ def _reached(address: str, specs: list[dict[str, Any]], verbose: bool) -> Iterat
         for spec in specs:
             check_spec(StageSpec.model_validate(spec))
         yield
-
-
-def _publish(result: dict[str, Any]) -> None:
-    if result["name"] == "evaluate":
-        scores = json.loads(storage.read_bytes(storage.join(result["uri"], "scores.json")))["scores"]
-        table = [{name: row[name] for name in Score.model_fields} for row in scores]
-        create_table_artifact(table=table, key="scores")
-    if result["name"] == "report":
-        create_link_artifact(link=storage.join(result["uri"], "report.html"), key="report")

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,15 @@ def find(root: str, name: str) -> dict[str, Any]:
         raise CorruptArtifact(
             f"{path} is no record of a run: remove it and run its recipe again, finished work is kept"
         ) from error
+
+
+def finished(root: str) -> dict[str, dict[str, Any]]:
+    """Run -> its record, of every run under `root` that has ended and whose record can be read."""
+    found = {}
+    for name in storage.list_folders(root):
+        with suppress(UserError, CorruptArtifact):
+            found[name] = find(root, name)
+    return found
 
 
 def named(root: str, name: str) -> str:
@@ -198,11 +207,10 @@ def run_stages(
         stack.callback(WATCH.reset, WATCH.set(_watching(bars)))
         stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
-        rows = [stage.as_json() for stage in plan.stages]
         try:
             _start_both(stack, home, address, verbose=verbose)
             jobs = plan.recipe.jobs.model_dump(mode="json")
-            results = pipeline(plan.run, specs, rows, address=address, jobs=jobs, verbose=verbose)
+            results = pipeline(plan.run, specs, address=address, jobs=jobs, verbose=verbose)
         except Exception as error:
             if error in failures or isinstance(error, DarkroomError):
                 raise

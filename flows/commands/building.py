@@ -6,10 +6,9 @@ import argparse
 import sys
 
 from data.errors import UserError
-from flows import console, places, recipes, runs
-from flows.comparing import baselines_of
-from flows.graph import prepare_nodes, unclip_nodes
-from flows.plan import Plan, make_plan
+from flows import console, places, runs
+from flows.plan import Plan
+from flows.planning import prepare_plan, recipe_plan
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -43,10 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Carries out preprocessing alone: shards, and a column for each encoder given."""
-    recipe = recipes.with_data(recipes.edited(recipes.prepare(), arguments.assignments), arguments.source)
-    nodes = prepare_nodes(recipe, retry_failed=arguments.retry_failed)
-    plan = make_plan(recipe, nodes, places.checked_root(arguments.root))
-    if len(nodes) == 1:
+    plan = prepare_plan(
+        arguments.source,
+        assignments=arguments.assignments,
+        root=arguments.root,
+        retry_failed=arguments.retry_failed,
+    )
+    if len(plan.stages) == 1:
         sys.stderr.write(
             "no encoder was given, so shards alone are written; --set clip.pretrained=… adds embeddings, "
             "--set vae.pretrained=… latents\n"
@@ -78,12 +80,13 @@ def _carry_out(plan: Plan, names: list[str], arguments: argparse.Namespace) -> i
 
 
 def _recipe_plan(arguments: argparse.Namespace) -> Plan:
-    recipe = recipes.edited(recipes.find(arguments.recipe), arguments.assignments)
-    recipe = recipe if arguments.data is None else recipes.with_data(recipe, arguments.data)
-    root = places.checked_root(arguments.root)
-    baselines = baselines_of(recipe, root)
-    nodes = unclip_nodes(recipe, retry_failed=arguments.retry_failed, baselines=baselines)
-    return make_plan(recipe, nodes, root)
+    return recipe_plan(
+        arguments.recipe,
+        data=arguments.data,
+        assignments=arguments.assignments,
+        root=arguments.root,
+        retry_failed=arguments.retry_failed,
+    )
 
 
 def _refuse_missing_inputs(plan: Plan, name: str) -> None:

@@ -36,6 +36,8 @@ FROZEN = {
     "pin": (["run"], {"--off", "--root"}),
     "promote": (["run"], {"--force", "--root"}),
     "rollback": ([], {"--root"}),
+    "deploy": ([], {"--file", "--root", "--address", "--json"}),
+    "serve": ([], {"--file", "--root", "--address", "--port", "--home"}),
 }
 """Command -> (positionals, options). What is here is what people and scripts type: add, never change."""
 

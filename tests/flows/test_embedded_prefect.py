@@ -138,3 +138,9 @@ def test_prefect_gets_a_home_of_its_own_and_no_telemetry(home, monkeypatch):
     assert home.is_dir() and os.environ["PREFECT_HOME"] == str(home)
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false" and os.environ["DO_NOT_TRACK"] == "1"
     assert os.environ["PREFECT_LOGGING_LEVEL"] == "DEBUG", "what the user set stands"
+
+
+def test_a_flow_run_of_a_worker_keeps_the_workers_settings(home, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ | {"PREFECT__FLOW_RUN_ID": "of a worker"})
+    embedded_prefect.configure(home, verbose=False)
+    assert not home.exists() and "PREFECT_LOGGING_SERVER_LEVEL" not in os.environ

@@ -1,0 +1,99 @@
+"""The flows that are deployed. A schedule, the UI or the API starts them, a worker runs them; each does what a command does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefect import flow, get_run_logger, tags
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from data.errors import DarkroomError, UserError
+from flows import artifacts, places, runs
+from flows.parameters import PrepareParameters, RunParameters
+from flows.plan import Plan
+
+EVALUATION = ("generate", "evaluate", "report")
+"""Stages that judge what the stages before them made."""
+
+
+TAG = "darkroom"
+"""What the automation for lost processes looks for, also on the flow run within the flow run."""
+
+
+class _FlowLog(logging.Handler):
+    """Hands our log on to the flow run's, from whichever thread it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run_log = get_run_logger()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._run_log.log(record.levelno, record.getMessage())
+
+
+@flow(persist_result=False)
+def pipeline(run: RunParameters) -> State[Any]:
+    """The whole recipe, to its report."""
+    return _ended(lambda: _carried_out(run.plan(), run.address))
+
+
+@flow(persist_result=False)
+def train(run: RunParameters) -> State[Any]:
+    """The recipe until its denoiser is trained."""
+    return _ended(lambda: _carried_out(run.plan(), run.address, until="denoiser"))
+
+
+@flow(persist_result=False)
+def evaluate(run: RunParameters) -> State[Any]:
+    """Pictures, scores and report of a system that is trained already."""
+    return _ended(lambda: _carried_out(_trained(run.plan()), run.address))
+
+
+@flow(persist_result=False)
+def prepare(run: PrepareParameters) -> State[Any]:
+    """Preprocessing alone: new pairs go to new shards, with a column for each encoder given."""
+    return _ended(lambda: _carried_out(run.plan(), run.address))
+
+
+def _ended(work: Callable[[], str]) -> State[Any]:
+    """The state of a run that did `work`, which returns what came of it; an error that says what to do is its message."""
+    log = logging.getLogger("darkroom")
+    log.handlers[:], log.propagate = [_FlowLog()], False
+    log.setLevel(logging.INFO)
+    try:
+        return Completed(message=work())
+    except (DarkroomError, FloatingPointError) as error:
+        return Failed(message=str(error))
+
+
+def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:
+    """Carries out `plan` to the stage `until`, with artifacts of whatever was made; returns what it came to, in a line."""
+    names = [stage.name for stage in plan.stages]
+    names = names[: names.index(until) + 1] if until else names
+    places.make_folder(plan.root)
+    artifacts.publish_plan(plan)
+    try:
+        with tags(TAG):
+            record = runs.carry_out(plan, names=names, address=address, verbose=False)
+    except Exception:
+        artifacts.publish_outcome(plan)
+        raise
+    artifacts.publish_outcome(plan)
+    return f"{plan.run}: {_told(record['stages'])}"
+
+
+def _told(stages: Sequence[dict[str, Any]]) -> str:
+    ran = [stage["name"] for stage in stages if stage["status"] == "ran"]
+    return f"ran {', '.join(ran)}" if ran else "nothing to do, every stage is cached"
+
+
+def _trained(plan: Plan) -> Plan:
+    """`plan`; raises UserError where more of it is pending than its evaluation."""
+    if missing := [stage.name for stage in plan.pending if stage.name not in EVALUATION]:
+        raise UserError(
+            f"{', '.join(missing)} of {plan.run} are not made yet: run the flow train or pipeline first"
+        )
+    return plan

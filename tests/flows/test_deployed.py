@@ -1,0 +1,98 @@
+"""Deployed flows on a real Prefect server (SQLite, loopback) with a real process worker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from prefect.exceptions import PrefectHTTPStatusError
+
+from flows import serving
+from flows.deploying import FILE
+from flows.deploying import deploy as apply
+
+sys.path.insert(0, str(Path(__file__).parent))
+from prefect_server import artifacts, deploy, ended, entry, eventually, log, prefect_server, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("server")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server and a worker of its pool; the file of the checkout is applied. Yields (API URL, the worker's home)."""
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home) as url:
+        apply(FILE, {"root": "/nowhere"})
+        with serving.worker(home, url, "darkroom"):
+            yield url, home
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of 12 captioned pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def test_deploying_again_changes_nothing_and_a_change_is_told(tmp_path):
+    run = {"recipe": "demo", "root": "/a"}
+    cron = {"slug": "nightly", "cron": "0 2 * * *", "timezone": "UTC"}
+    weekly = {"slug": "weekly", "interval": 604800}
+    monthly = {"slug": "monthly", "rrule": "FREQ=MONTHLY;BYDAY=1SA"}
+    first = deploy(tmp_path, entry("pipeline", "twice", run, cron, weekly, monthly))
+    assert [each.change for each in first if each.kind == "deployment"] == ["created"]
+    again = deploy(tmp_path, entry("pipeline", "twice", run, cron, weekly, monthly))
+    assert {each.change for each in again} == {"unchanged"}
+    changed = deploy(
+        tmp_path, entry("pipeline", "twice", run | {"root": "/b"}, cron | {"cron": "0 3 * * *"}, weekly)
+    )
+    assert changed[-1].change == "changed"
+    assert changed[-1].details == ("parameters", "schedule monthly", "schedule nightly")
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ({"recipe": "dmeo", "root": "/a"}, "'dmeo' is not one of ['demo', 'unclip']"),
+        ({"recipe": "demo"}, "'root' is a required property"),
+        ({"recipe": "demo", "root": "runs"}, "'runs' does not match"),
+        ({"recipe": "demo", "root": "/a", "settings": {"clip.max_steps": -5}}, "-5 is less than the minimum of 1"),
+        ({"recipe": "demo", "root": "/a", "settings": {"clip.max_step": 5}}, "no recipe has such a setting"),
+        ({"recipe": "demo", "root": "/a", "adress": "auto"}, "'adress' was unexpected"),
+    ],
+)  # fmt: skip
+def test_the_server_refuses_parameters_that_cannot_be(run, reason):
+    with pytest.raises(PrefectHTTPStatusError, match="409") as refused:
+        start("pipeline/darkroom", run)
+    assert reason in refused.value.response.json()["detail"]
+
+
+def test_a_run_makes_what_the_command_makes_and_leaves_its_artifacts(pictures, tmp_path):
+    root = tmp_path / "runs"
+    run = start(
+        "prepare/darkroom", {"data": str(pictures), "root": str(root), "settings": {"shard.image_size": 32}}
+    )
+    state = ended(run)
+    assert state.name == "Completed", state.message
+    assert state.message.startswith("prepare-") and state.message.endswith(": ran shard")
+    made = next((root / "store" / "shard").iterdir())
+    assert (made / "00000.tar").is_file()
+    found = artifacts(run)
+    assert set(found) == {"prepare-plan", "prepare-ledger", "prepare-lineage"}
+    assert '"attempted": 12, "written": 12' in found["prepare-ledger"]
+    eventually(
+        lambda: any(line.startswith("shard     done in") for line in log(run)), 30, lambda: str(log(run))
+    )
+
+
+def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):
+    state = ended(start("prepare/darkroom", {"data": "/nowhere/at/all", "root": str(tmp_path)}))
+    assert state.name == "Failed" and "/nowhere/at/all" in state.message and "Traceback" not in state.message
