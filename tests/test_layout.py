@@ -6,6 +6,7 @@ import ast
 import importlib
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def _contract(name: str) -> dict[str, Any]:
     return next(c for c in PROJECT["tool"]["importlinter"]["contracts"] if c["name"] == name)
 
 
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 

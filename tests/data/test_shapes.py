@@ -19,12 +19,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def accuracy(spoil, seed: int = 0) -> float:
-    """Share of all scenes, jittered and then spoilt, of which every attribute is recognised."""
-    rng = np.random.default_rng(seed)
-    return float(
-        np.mean([shape_judge.recognise(spoil(shapes.render(s, rng), rng)) == s for s in shapes.SCENES])
-    )
+def accuracy(spoil, every: int = 1) -> float:
+    """Share of all scenes, or of one in `every`, jittered and then spoilt, of which every attribute is recognised."""
+    rng, scenes = np.random.default_rng(0), shapes.SCENES[::every]
+    return float(np.mean([shape_judge.recognise(spoil(shapes.render(s, rng), rng)) == s for s in scenes]))
 
 
 def blurred(image: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
@@ -84,12 +82,12 @@ def test_a_shape_lies_whole_inside_the_picture_with_its_centroid_where_its_posit
 
 
 @pytest.mark.parametrize(
-    ("spoil", "least"),
-    [(lambda image, _: image, 0.999), (blurred, 0.99), (noisy, 0.99), (compressed, 0.96)],
+    ("spoil", "every", "least"),
+    [(lambda image, _: image, 1, 0.999), (blurred, 3, 0.99), (noisy, 3, 0.99), (compressed, 3, 0.96)],
     ids=["clean", "blurred", "noisy", "compressed"],
 )
-def test_the_judge_is_right_about_all_scenes(spoil, least):
-    assert accuracy(spoil) >= least
+def test_the_judge_is_right_about_all_scenes(spoil, every, least):
+    assert accuracy(spoil, every) >= least
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])

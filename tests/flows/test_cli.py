@@ -174,13 +174,11 @@ def test_ctrl_c_is_exit_code_130_and_says_what_resumes(monkeypatch, capsys):
     assert capsys.readouterr().err == "darkroom: stopped; the same command resumes\n"
 
 
-@pytest.mark.parametrize("arguments", [["recipes"], ["plan", "demo", "--json"]])
-def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(arguments, tmp_path):
+def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    root = [f"--root={tmp_path}"] if arguments[0] == "plan" else []
     with os.fdopen(writing, "wb") as pipe:
-        line = [sys.executable, "-m", "flows.cli", *arguments, *root]
+        line = [sys.executable, "-m", "flows.cli", "plan", "demo", "--json", f"--root={tmp_path}"]
         finished = subprocess.run(
             line, cwd=CHECKOUT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120
         )

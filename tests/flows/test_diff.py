@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
 
-from flows import cli
+from flows import cli, console
 from flows.diff import _uncommon, diff
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -59,6 +60,7 @@ def test_scores_of_two_protocols_are_shown_apart_and_never_subtracted(both):
     assert all("against_first" not in row for row in apart.values())
 
 
+@pytest.mark.slow
 def test_the_same_data_in_shards_of_another_size_is_the_same_data(both, tmp_path):
     root, a, _ = both
     root = shutil.copytree(root, tmp_path / "root")
@@ -78,7 +80,10 @@ def test_what_one_run_no_longer_has_is_null(both, tmp_path):
     assert cli.main(["diff", both[1], both[2], f"--root={root}"]) == 0
 
 
-def test_the_page_holds_both_pictures_of_each_prompt_and_asks_for_nothing(both, tmp_path, capsys):
+def test_the_page_holds_both_pictures_of_each_prompt_and_asks_for_nothing(
+    both, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(console, "out", Console(highlight=False, width=console.PIPE_WIDTH))
     root, a, b = both
     page = tmp_path / "pages" / "diff.html"
     assert cli.main(["diff", a, b, f"--root={root}", f"--out={page}"]) == 0

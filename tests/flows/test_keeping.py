@@ -91,6 +91,7 @@ def test_only_what_no_run_wants_goes_and_only_when_it_is_old(root):
     assert collected(root, older_than=0.0)["artifacts"] == []
 
 
+@pytest.mark.slow
 def test_forgetting_a_run_leaves_what_another_still_wants(root):
     first = keeping.status(str(root))["runs"][0]["run"]
     second = untrained.finish(untrained.plan_of(root, evaluate__guidance_scale=3.0))["run"]
@@ -108,6 +109,7 @@ def test_forgetting_a_run_leaves_what_another_still_wants(root):
     assert not untrained.plan_of(root, evaluate__guidance_scale=3.0).pending
 
 
+@pytest.mark.slow
 def test_a_run_that_a_kept_run_is_held_against_stays(root):
     first = keeping.status(str(root))["runs"][0]["run"]
     plan = untrained.plan_of(root, evaluate__guidance_scale=3.0, evaluate__gates=f"not worse than {first}")

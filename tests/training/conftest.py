@@ -89,14 +89,15 @@ PARTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def folders(columns, tmp_path) -> dict[str, Path]:
-    """The four published parts, untrained."""
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The four published parts, untrained. Shared by every test: copy one before changing it."""
+    place = tmp_path_factory.mktemp("parts")
     for name, (system, config) in PARTS.items():
         torch.manual_seed(0)
-        trainable = system.fit(config, columns)
-        trainable.publish(trainable.build().eval(), tmp_path / name)
-    return {name: tmp_path / name for name in PARTS}
+        trainable = system.fit(config, MemoryColumns())
+        trainable.publish(trainable.build().eval(), place / name)
+    return {name: place / name for name in PARTS}
 
 
 @pytest.fixture
