@@ -121,6 +121,11 @@ class ColumnSet:
         """Facts of the artifact that wrote the column."""
         return self._snapshot(column).facts
 
+    def maker(self, column: str) -> str | None:
+        """Where the network that computed the column lay: a folder or a hub name; None for what no network computed."""
+        parents = self._snapshot(column).parents
+        return next((parents[role].folder for role in ("vae", "clip") if role in parents), None)
+
     def batch(self, names: Sequence[str], indices: np.ndarray) -> dict[str, Any]:
         """The named columns of the given samples as tensors on the CPU (captions as a list)."""
         fields: dict[str, Any] = {}

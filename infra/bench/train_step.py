@@ -67,6 +67,9 @@ class RandomColumns:
     def facts(self, column: str) -> Mapping[str, Any]:  # noqa: ARG002
         return {"scaling_factor": 1.0}
 
+    def maker(self, column: str) -> str | None:  # noqa: ARG002
+        return None
+
     def batch(self, names: Sequence[str], count: int, device: torch.device | str = "cpu") -> Batch:
         """What the loader yields at step 0."""
         fields: Batch = {name: torch.from_numpy(self.rows(name, range(count))) for name in names}

@@ -37,6 +37,7 @@ class MemoryColumns:
             "vae_moments": rng.normal(size=(count, 4, 4, 4)).astype(np.float32),
         }
         self.captions = [f"picture number {i}" for i in range(count)]
+        self.makers: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -53,6 +54,9 @@ class MemoryColumns:
 
     def facts(self, column: str) -> Mapping[str, Any]:
         return {"scaling_factor": 0.5} if column == "vae_moments" else {}
+
+    def maker(self, column: str) -> str | None:
+        return self.makers.get(column)
 
     def batch(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
         """What the loader yields; position i is sample i."""

@@ -51,5 +51,22 @@ def test_a_denoiser_shows_latents_that_depend_on_nothing_but_weights_and_conditi
     np.testing.assert_array_equal(grid, again)
 
 
+def test_a_denoiser_shows_pictures_where_its_vae_is_at_hand_and_says_where_not(
+    columns, folders, tmp_path: Path, caplog
+) -> None:
+    config = denoiser.DenoiserConfig(num_attention_heads=2, **SIZES)
+    grids = {}
+    for name in (str(folders["vae"]), str(tmp_path / "gone")):
+        columns.makers["vae_moments"] = name
+        grids[name] = _written(denoiser.fit(config, columns), columns, tmp_path / Path(name).name)
+    (decoded, latents) = grids.values()
+    assert decoded is not None and decoded.shape == (64 + 4, 4 * 66 + 2, 3)
+    pictures = decoded[2:66, 2:66]
+    np.testing.assert_array_equal(pictures[::4, ::4].repeat(4, 0).repeat(4, 1), pictures)
+    assert (latents[2:66, 2:66] == latents[2:66:16, 2:66:16].repeat(16, 0).repeat(16, 1)).all()
+    assert (decoded != latents).any()
+    assert "pictures are shown as latents, without their VAE" in caplog.text
+
+
 def test_what_has_no_pictures_writes_none(columns, tmp_path: Path) -> None:
     assert _written(prior.fit(prior.PriorConfig(num_layers=1), columns), columns, tmp_path) is None

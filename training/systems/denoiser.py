@@ -7,8 +7,10 @@ the class-embedding projection; the caption's hidden states enter by cross-atten
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from data.errors import UserError
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Objective, denoiser, noised, per_sample_mse
 from training.diffusion.sampling import dpm_solver, sample
 from training.pixels import to_uint8
 from training.randomness import Draws
 from training.systems.embeddings import chosen, padded, resident, widened, widened_statistics
 from training.systems.system import Batch, Columns, TrainConfig
+from training.vae_encoder import VaeEncoder
+
+log = logging.getLogger("darkroom.denoiser")
 
 AUGMENTATION = Objective("epsilon", "squaredcos_cap_v2")
 """The noising path of the image embedding; its network is the denoiser itself, so nothing predicts on it."""
@@ -118,6 +124,8 @@ class Denoiser:
     std: Tensor
     empty_hidden: Tensor
     """(1, T, W) states of the empty caption, zero-padded."""
+    vae: str | None = None
+    """Folder or hub name of the VAE that made the latents: what shows pictures of them."""
     columns: tuple[str, ...] = field(default=("vae_moments", "img_emb", "text_hidden"))
 
     def build(self) -> nn.Module:
@@ -160,15 +168,18 @@ class Denoiser:
         return loss if gamma is None else loss * objective.min_snr_weights(t, gamma)
 
     def sample(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
-        """The first three channels of latents made for the batch's conditions: (B, 3, h, w) uint8, ±2 deviations of noise wide.
+        """Pictures made for the batch's conditions: (B, 3, H, W) uint8.
 
-        No VAE is at hand in training; layout and edges show in latents too.
+        Where the VAE is not to be had any more, the first three channels of the latents, ±2 deviations of noise wide: layout
+        and edges show in these too.
         """
         objective = self.config.objective()
         conditioning = self._conditioning(batch, draws, drop=False)
         x_t = draws.normal("denoiser.sample", self.latent_shape)
         solver = dpm_solver(objective, prediction_type="sample")
         latents = sample(denoiser(network(model), objective), solver, x_t, SAMPLE_STEPS, **conditioning)
+        if vae := _vae(self.vae, str(latents.device)):
+            return vae.decode(latents / self.scaling_factor)
         shown = latents[:, [min(c, self.latent_shape[0] - 1) for c in range(3)]]
         return to_uint8(shown / 2)
 
@@ -235,6 +246,7 @@ def fit(config: DenoiserConfig, columns: Columns) -> Denoiser:
         mean=mean,
         std=std,
         empty_hidden=hidden,
+        vae=columns.maker("vae_moments"),
     )
 
 
@@ -260,6 +272,18 @@ def network(model: nn.Module) -> Callable[..., Tensor]:
         ]
 
     return predict
+
+
+@cache
+def _vae(source: str | None, device: str) -> VaeEncoder | None:
+    """The VAE of `source`; None, with a warning, where it cannot be loaded: pictures are no reason to end a training."""
+    if source is None:
+        return None
+    try:
+        return VaeEncoder.load(source, device)
+    except (UserError, OSError) as error:
+        log.warning("pictures are shown as latents, without their VAE: %s", error)
+        return None
 
 
 def _attention_levels(config: DenoiserConfig) -> tuple[bool, ...]:

@@ -126,6 +126,10 @@ class Columns(Protocol):
         """Facts of the artifact that wrote the column, such as the VAE's `scaling_factor`."""
         ...
 
+    def maker(self, column: str) -> str | None:
+        """Where the network that computed the column lay: a folder or a hub name; None where that is not known."""
+        ...
+
 
 class Trainable(Protocol):
     """A model and its loss: all that the loop knows."""
