@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from stages.prompts import listed_prompts
 from stages.report import BASELINE, ReportConfig
 from stages.shard import ShardStageConfig
 from training.encoders import weights_digest
+from training.systems.system import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Node:
     inputs: Mapping[str, str | InputRef]
     identities: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Of a listed source, `sources.row_identities`; the stage that reads one grows with it."""
+    rows: int | None = field(default=None, compare=False)
+    """Of the source, for the stage that reads one: there will be no more samples than that."""
 
     @property
     def name(self) -> str:
@@ -107,12 +110,19 @@ def check_columns(nodes: list[Node]) -> None:
         written |= node.stage.writes(node.config)
 
 
+def refuse_too_few(nodes: Sequence[Node], source: Node) -> None:
+    """Raises UserError where a training of `nodes` could not fill a batch even if each row of `source` became a sample."""
+    for node in nodes:
+        if source.rows is not None and isinstance(node.config, TrainConfig):
+            train.refuse_too_few(node.name, node.config, source.rows)
+
+
 def _shard(recipe: Recipe, retry_failed: bool) -> Node:
-    summary = describe(recipe.source)
+    source = describe(recipe.source)
     config = ShardStageConfig(
-        source=recipe.source, source_digest=summary.digest, shard=recipe.shard, retry_failed=retry_failed
+        source=recipe.source, source_digest=source.digest, shard=recipe.shard, retry_failed=retry_failed
     )
-    return Node(STAGES["shard"], config, {}, summary.identities)
+    return Node(STAGES["shard"], config, {}, source.identities, source.rows)
 
 
 def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -> Node:

@@ -15,6 +15,7 @@ from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from data.lease import Owner, lease, this_process
 from flows import console, embedded_prefect, weights
+from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
 from stages.cluster import cluster
 from stages.contract import StageSpec
@@ -41,6 +42,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     seconds: dict[str, float] = {}
     if pending:
         weights.require(pending)
+        refuse_too_few([stage.node for stage in pending], plan.stages[0].node)
         note_start(plan.root, plan.run, [plan])
         try:
             seconds = run_stages(plan, pending, address=address, verbose=verbose)

@@ -87,12 +87,7 @@ def _refuse_misfit(name: str, config: TrainConfig, inputs: Inputs) -> None:
         raise UserError(
             f"{name} reads {', '.join(sorted(missing))}, which none of its inputs has; they have {', '.join(sorted(have))}"
         )
-    everything = len(ColumnSet(list(inputs.values())))
-    samples = everything - config.held_out(everything)
-    if samples < config.batch_size:
-        raise UserError(
-            f"{name}.batch_size={config.batch_size}, but there are only {samples} samples to train on: use at most {samples}, or more data"
-        )
+    refuse_too_few(name, config, len(ColumnSet(list(inputs.values()))))
 
 
 def _settle_checkpoints(folder: Path, config: TrainConfig, workspace: Workspace, identity: str) -> None:
@@ -143,6 +138,15 @@ def refuse(name: str, config: TrainConfig) -> None:
             f"{name}.fsdp shards weights over workers and needs {name}.num_workers of 2 or more; it is 1"
         )
     sinks.require(config.log_to, f"{name}.log_to")
+
+
+def refuse_too_few(name: str, config: TrainConfig, count: int) -> None:
+    """Raises UserError when `count` samples, less those held out, do not fill one batch."""
+    samples = count - config.held_out(count)
+    if samples < config.batch_size:
+        raise UserError(
+            f"{name}.batch_size={config.batch_size}, but there are only {samples} samples to train on: use at most {samples}, or more data"
+        )
 
 
 def refuse_impossible(name: str, config: TrainConfig) -> None:

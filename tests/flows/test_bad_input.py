@@ -115,6 +115,14 @@ def test_a_training_that_no_cluster_can_run_is_refused_by_the_plan(complaint, tm
     assert not (tmp_path / "root").exists(), "nothing was started"
 
 
+def test_data_that_fills_no_batch_is_refused_before_the_first_stage(complaint, tmp_path):
+    few = ("--set=source.count=40", "--set=clip.batch_size=37", "--set=clip.validate_every=4")
+    assert "clip.batch_size=37, but there are only 36 samples to train on: use at most 36" in complaint(
+        "run", "demo", *few
+    )
+    assert not list((tmp_path / "root").glob("store/*")), "nothing was made"
+
+
 @pytest.mark.slow
 def test_more_devices_than_there_are_is_refused_before_the_first_stage(complaint, tmp_path):
     many = ("--set=denoiser.num_workers=512", "--set=denoiser.batch_size=512")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -21,6 +22,8 @@ from data.sources import SourceConfig
 from stages.cluster import cluster, num_cpus
 from stages.contract import Workspace
 from stages.train import STAGES, run
+from training import checkpoint_facts
+from training.systems.denoiser import DenoiserConfig
 from training.systems.vae import VaeConfig
 
 pytestmark = pytest.mark.slow
@@ -80,6 +83,32 @@ def test_an_impossible_request_is_refused_before_anything_starts(data, tmp_path,
     with pytest.raises(UserError, match=sentence):
         run("vae", tiny(**changes), {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
     assert not (tmp_path / "vae").exists()
+
+
+def test_a_column_that_no_input_has_is_named_before_anything_starts(data, tmp_path):
+    config = DenoiserConfig(max_steps=4, batch_size=6)
+    with pytest.raises(
+        UserError, match="denoiser reads img_emb, text_hidden, vae_moments, which none of its inputs has"
+    ):
+        run("denoiser", config, {"data": data}, Workspace(str(tmp_path / "denoiser"), "f" * 12))
+    assert not (tmp_path / "denoiser").exists()
+
+
+def test_a_batch_that_the_data_cannot_fill_is_refused_before_anything_starts(data, tmp_path):
+    with pytest.raises(
+        UserError, match=r"vae.batch_size=30, but there are only 24 samples to train on: use at most 24"
+    ):
+        run("vae", tiny(batch_size=30), {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
+
+
+def test_a_checkpoint_of_another_training_is_refused_and_stays(data, tmp_path):
+    step = tmp_path / "vae" / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    facts = {"identity": "another", "clock": 2}
+    (step / "state.json").write_text(json.dumps({**facts, "digest": checkpoint_facts.digest(facts)}))
+    with pytest.raises(UserError, match=r"step_00000002 belongs to another, not to .*: remove it or train"):
+        run("vae", tiny(), {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
+    assert (step / "state.json").is_file()
 
 
 def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpoint(data, tmp_path):
