@@ -1,6 +1,6 @@
 """The number of workers is no part of a training: 1, 2 and 3 of them consume the same samples, draws and losses.
 
-Run as a program, this file is one training worker: `test_world_size.py FOLDER DATASET_JSON`.
+Run as a program, this file is one training worker: `test_world_size.py FOLDER DATASET_JSON ACCUMULATE`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ class Recorded:
         return loss
 
 
-def _train(folder: Path, data: Snapshot) -> list[dict[str, list[Any]]]:
-    """What this rank recorded."""
+def _train(folder: Path, data: Snapshot, accumulate: int = 1) -> list[dict[str, list[Any]]]:
+    """What this rank recorded, by step."""
+    config = CONFIG.model_copy(update={"accumulate": accumulate})
     dataset = ColumnSet([data])
     trainable = Recorded(prior.fit(CONFIG, dataset))
 
@@ -116,11 +118,16 @@ def _train(folder: Path, data: Snapshot) -> list[dict[str, list[Any]]]:
             )
         )
 
-    loop.train(trainable, from_step, CONFIG, folder / "checkpoints", identity="one")
-    return trainable.steps
+    loop.train(trainable, from_step, config, folder / "checkpoints", identity="one")
+    steps = [trainable.steps[at : at + accumulate] for at in range(0, len(trainable.steps), accumulate)]
+    return [_joined(parts) for parts in steps]
 
 
-def _launch(folder: Path, data: Snapshot, world_size: int) -> list[dict[str, list[Any]]]:
+def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+def _launch(folder: Path, data: Snapshot, world_size: int, accumulate: int) -> list[dict[str, list[Any]]]:
     """Each step's samples over all ranks, in the order of ranks."""
     folder.mkdir()
     with socket.socket() as free:
@@ -129,7 +136,7 @@ def _launch(folder: Path, data: Snapshot, world_size: int) -> list[dict[str, lis
     world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | world | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
     spec = json.dumps([data.model_dump(mode="json"), data.folder])
-    line = [sys.executable, __file__, str(folder), spec]
+    line = [sys.executable, __file__, str(folder), spec, str(accumulate)]
     workers = [subprocess.Popen(line, env={**environment, "RANK": str(rank)}) for rank in range(world_size)]
     try:
         assert [worker.wait(timeout=500) for worker in workers] == [0] * world_size
@@ -137,31 +144,34 @@ def _launch(folder: Path, data: Snapshot, world_size: int) -> list[dict[str, lis
         for worker in workers:
             worker.kill()
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
-    together = zip(*ranks, strict=True)
-    return [{name: [v for part in parts for v in part[name]] for name in parts[0]} for parts in together]
+    return [_joined(parts) for parts in zip(*ranks, strict=True)]
 
 
 @pytest.mark.slow
-def test_one_two_and_three_workers_consume_the_same_and_lose_the_same(tmp_path: Path) -> None:
+def test_one_two_and_three_workers_consume_the_same_and_lose_the_same_whole_or_in_parts(
+    tmp_path: Path,
+) -> None:
     data = _dataset(str(tmp_path / "embed"))
     alone = _train(tmp_path / "1", data)
     positions = [position for step in alone for position in step["position"]]
     assert positions == list(range(CONFIG.max_steps * CONFIG.batch_size)) and len(positions) > sum(COUNTS)
-    for world_size in (2, 3):
-        together = _launch(tmp_path / str(world_size), data, world_size)
-        for one, other in zip(alone, together, strict=True):
-            losses = one.pop("loss") if world_size == 3 else one["loss"]
-            assert other.pop("loss") == pytest.approx(losses, rel=1e-4)
-            assert other == {name: values for name, values in one.items() if name != "loss"}
+    losses = [step.pop("loss") for step in alone]
+    for world_size, accumulate in ((2, 1), (2, 3), (3, 1)):
+        together = _launch(tmp_path / f"{world_size}x{accumulate}", data, world_size, accumulate)
+        for found, step in zip(losses, together, strict=True):
+            assert step.pop("loss") == pytest.approx(found, rel=1e-4)
+        assert together == alone
 
 
-def _work(folder: Path, spec: str) -> None:
+def _work(folder: Path, spec: str, accumulate: int) -> None:
     snapshot, at = json.loads(spec)
     with distributed.process_group():
-        steps = _train(folder, Snapshot.model_validate(snapshot).model_copy(update={"folder": at}))
+        steps = _train(
+            folder, Snapshot.model_validate(snapshot).model_copy(update={"folder": at}), accumulate
+        )
         (folder / f"rank{distributed.rank()}.json").write_text(json.dumps(steps))
         distributed.barrier()
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), sys.argv[2])
+    _work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
