@@ -36,6 +36,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def mirrored(pixels: Tensor, which: Tensor) -> Tensor:
+    """(B, 3, H, W) with left and right exchanged where `which` (B,) is True."""
+    return torch.where(which.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+
+
 @functools.cache
 def _statistic(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(1, 3, 1, 1), made once per device: making it waits for all that the device has queued."""

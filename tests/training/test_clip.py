@@ -55,6 +55,18 @@ def test_a_moved_picture_repeats_its_edges():
     assert shifted(picture, torch.zeros(2, 2), 0) is picture
 
 
+def test_half_of_the_pictures_are_mirrored_where_asked_and_the_position_says_which(columns):
+    still = TINY.model_copy(update={"max_shift": 0})
+    plain, flipping = (clip.fit(still.model_copy(update={"flip": flip}), columns) for flip in (False, True))
+    model, draws = seeded(plain), Draws(0, torch.arange(6))
+    batch = columns.batch(plain.columns, range(6))
+    which = draws.uniform("clip.flip") < 0.5
+    assert 0 < which.sum() < 6
+    by_hand = torch.where(which.view(-1, 1, 1, 1), batch["image"].flip(-1), batch["image"])
+    expected = plain.loss(model, {**batch, "image": by_hand}, draws)
+    torch.testing.assert_close(flipping.loss(model, batch, draws), expected)
+
+
 def test_tokens_are_those_of_open_clips_tokenizer():
     captions = ("a red circle", "a Large GREEN star, at the top of everything there is to see")
     expected = open_clip.tokenizer.SimpleTokenizer()(list(captions), context_length=10)

@@ -42,6 +42,19 @@ def test_the_loss_is_per_sample_and_a_function_of_its_draws(columns):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_half_of_the_pictures_are_mirrored_where_asked_and_the_position_says_which(columns):
+    plain, flipping = (vae.fit(TINY.model_copy(update={"flip": flip}), columns) for flip in (False, True))
+    model, batch, draws = seeded(plain), columns.batch(("image",), range(12)), Draws(0, torch.arange(12))
+    mirror = {**batch, "image": batch["image"].flip(-1)}
+    found, as_is, other = (
+        trainable.loss(model, pictures, draws).detach()
+        for trainable, pictures in ((flipping, batch), (plain, batch), (plain, mirror))
+    )
+    which = draws.uniform("vae.flip") < 0.5
+    assert 0 < which.sum() < 12
+    torch.testing.assert_close(found, torch.where(which, other, as_is))
+
+
 def test_weights_choose_the_parts_of_the_loss(columns):
     batch, draws = columns.batch(("image",), range(4)), Draws(0, torch.arange(4))
     model = seeded(vae.fit(TINY, columns))

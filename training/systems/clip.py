@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from training.encoders import CLIP_CONFIG, CLIP_WEIGHTS
-from training.pixels import preprocessed
+from training.pixels import mirrored, preprocessed
 from training.randomness import Draws
 from training.systems.system import Batch, Columns, TrainConfig
 
@@ -52,6 +52,11 @@ class ClipConfig(TrainConfig):
         2,
         ge=0,
         description="training pictures are moved by up to this many pixels each way, their edges repeated",
+    )
+
+    flip: bool = Field(
+        False,
+        description="mirror half of the training pictures, left and right; not where captions or letters tell the sides",
     )
 
     @model_validator(mode="after")
@@ -90,7 +95,10 @@ class Clip:
         """Contrastive loss of each sample against the captions and pictures of all ranks: (B,) float32."""
         device = batch["image"].device
         tokens = tokenized(tuple(batch["caption"]), self.config.context_length).to(device, non_blocking=True)
-        moved = shifted(batch["image"], self._shifts(draws), self.config.max_shift)
+        pictures = batch["image"]
+        if self.config.flip:
+            pictures = mirrored(pictures, draws.uniform("clip.flip") < 0.5)
+        moved = shifted(pictures, self._shifts(draws), self.config.max_shift)
         image, text, scale = model(preprocessed(moved, preprocess_config(self.config)), tokens)
         return contrastive_loss(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from data.errors import UserError
-from training.pixels import to_uint8, to_unit_range
+from training.pixels import mirrored, to_uint8, to_unit_range
 from training.randomness import Draws
 from training.systems.embeddings import spread_indices
 from training.systems.system import Batch, Columns, TrainConfig
@@ -48,6 +48,11 @@ class VaeConfig(TrainConfig):
     mse_weight: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
     kl_weight: float = Field(
         1e-4, ge=0, description="weight of the mean KL divergence per latent value, in nats"
+    )
+
+    flip: bool = Field(
+        False,
+        description="mirror half of the training pictures, left and right; not where captions or letters tell the sides",
     )
 
     @field_validator("block_out_channels")
@@ -109,6 +114,8 @@ class Vae:
     def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """L1 + MSE of the pixels + KL to the standard normal, each a mean over its elements: (B,) float32."""
         pixels = to_unit_range(batch["image"])
+        if self.config.flip:
+            pixels = mirrored(pixels, draws.uniform("vae.flip") < 0.5)
         reconstruction, mean, logvar = model(pixels, draws.normal("vae.posterior", self.latent_shape()))
         error = (reconstruction.float() - pixels).flatten(1)
         pixel_loss = self.config.l1_weight * error.abs().mean(
