@@ -10,6 +10,7 @@ from importlib import import_module
 
 from data.errors import NO_PLACE_TO_WRITE, DarkroomError
 from flows.arguments import parser
+from stages import logs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _complain(sentence: str, code: int) -> int:
-    sys.stderr.write(f"darkroom: {sentence}\n")
+    if logs.is_json():
+        logs.set_up().error("%s", sentence)
+    else:
+        sys.stderr.write(f"darkroom: {sentence}\n")
     return code
 
 

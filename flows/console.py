@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from flows.plan import Plan, PlannedStage
+from stages import logs
 
 PIPE_WIDTH = 120
 """Columns where stdout is no terminal and the environment gives none."""
@@ -61,11 +62,7 @@ def emit(document: Mapping[str, Any]) -> None:
 
 def set_up_logging(*, verbose: bool) -> None:
     """One handler on stderr; the libraries speak only with `verbose`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logs.set_up(verbose=verbose)
     if not verbose:
         warnings.simplefilter("ignore")
         logging.getLogger().addHandler(
@@ -267,6 +264,7 @@ class Bars:
     """A progress bar per stage; plain lines where stderr is no terminal. Calls may come from any thread."""
 
     def __init__(self) -> None:
+        self._is_drawn = err.is_terminal and not logs.is_json()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
@@ -276,7 +274,7 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[note]}"),
             console=err,
-            disable=not err.is_terminal,
+            disable=not self._is_drawn,
         )
         self._tasks: dict[str, TaskID] = {}
         self._spoken: dict[str, float] = {}
@@ -294,8 +292,8 @@ class Bars:
         with self._lock:
             self._tasks[stage] = self._progress.add_task(stage, total=None, count="", note="starting")
             self._spoken[stage] = 0.0
-        if not err.is_terminal:
-            log.info("%-9s starts", stage)
+        if not self._is_drawn:
+            log.info("%-9s starts", stage, extra={"stage": stage})
 
     def show(self, stage: str, done: float, total: float, unit: str) -> None:
         """As `update`, of a stage that may not have begun."""
@@ -310,10 +308,10 @@ class Bars:
             self._progress.update(
                 self._tasks[stage], completed=done, total=total or None, count=count, note=note
             )
-            if err.is_terminal or time.monotonic() - self._spoken[stage] < QUIET_SECONDS:
+            if self._is_drawn or time.monotonic() - self._spoken[stage] < QUIET_SECONDS:
                 return
             self._spoken[stage] = time.monotonic()
-        log.info("%-9s %s  %s", stage, count, note)
+        log.info("%-9s %s  %s", stage, count, note, extra={"stage": stage})
 
     def finish(self, stage: str, seconds: float) -> None:
         """A stage has committed its snapshot."""
@@ -322,8 +320,8 @@ class Bars:
             total = self._progress.tasks[self._progress.task_ids.index(task)].total or 1
             self._progress.update(task, completed=total, total=total, note="done")
             self._progress.stop_task(task)
-        if not err.is_terminal:
-            log.info("%-9s done in %s", stage, duration(seconds))
+        if not self._is_drawn:
+            log.info("%-9s done in %s", stage, duration(seconds), extra={"stage": stage})
 
 
 @contextmanager

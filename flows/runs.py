@@ -17,6 +17,7 @@ from data.lease import Owner, lease, this_process
 from flows import console, embedded_prefect, weights
 from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
+from stages import logs
 from stages.cluster import cluster
 from stages.contract import StageSpec
 from stages.jobs import is_job_server
@@ -182,6 +183,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
         fingerprint=stage.fingerprint,
         fanout=plan.recipe.fanout,
         version=stage.node.stage.version,
+        run=plan.run,
     )
 
 
@@ -206,6 +208,7 @@ def run_stages(
     with ExitStack() as stack:
         bars = stack.enter_context(console.Bars())
         stack.callback(embedded_prefect.stop, home)
+        stack.enter_context(logs.at(run=plan.run))
         stack.callback(WATCH.reset, WATCH.set(_watching(bars)))
         stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from data import storage
 from data.errors import NO_PLACE_TO_WRITE, DarkroomError, UserError
+from stages import logs
 from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import Progress, StageSpec, silent
@@ -23,10 +24,10 @@ def main() -> int:
     """Exit code: 0 when the snapshot is there, 1 when the stage failed, 2 when the spec or its input is wrong, 130 when the
     stage was told to stop by SIGINT or SIGTERM: a training saves a checkpoint first, other stages finish the shards begun."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     journal = Journal() if arguments.journal else None
     try:
+        logs.set_up()
         _run(arguments, journal or silent)
     except BaseException as error:
         if journal:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from data.errors import UserError
 from data.lease import lease
 from data.manifest import Snapshot, load_snapshot
-from stages import cluster, embed, encode, evaluate, generate, report, shard, train
+from stages import cluster, embed, encode, evaluate, generate, logs, report, shard, train
 from stages.contract import Progress, Stage, StageSpec, Workspace, silent
 
 STAGES: dict[str, Stage] = {
@@ -56,10 +56,13 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
     """
     stage = STAGES[spec.stage]
     config = stage.config.model_validate(spec.config)
-    with lease(
-        spec.folder,
-        waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
-        patience=spec.fanout.lease_seconds,
+    with (
+        logs.at(run=spec.run, stage=spec.stage),
+        lease(
+            spec.folder,
+            waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
+            patience=spec.fanout.lease_seconds,
+        ),
     ):
         if snapshot := made(spec):
             return snapshot

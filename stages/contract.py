@@ -88,6 +88,8 @@ class StageSpec(Config):
     fanout: FanoutConfig = FanoutConfig()
     version: int | None = None
     """The stage's version where the plan was made; None: whatever it is where it runs."""
+    run: str = ""
+    """The run that asks for it: what logs and figures are named by."""
 
 
 @dataclass(frozen=True, kw_only=True)

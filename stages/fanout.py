@@ -6,7 +6,9 @@ from; one that no longer matches is made anew. The worker count is no part of an
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +18,10 @@ from typing import Any, Protocol
 from data import manifest
 from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
-from stages import cluster
+from stages import cluster, logs, telemetry
 from stages.contract import FanoutConfig, Workspace
+
+log = logging.getLogger("darkroom.shards")
 
 Writing = Callable[[], ShardRecord]
 """What is left of a shard once it is computed: publishes its files and returns its record."""
@@ -67,6 +71,7 @@ def map_shards(
             for task, record in pool.collect():
                 done[task.index] = record
                 finished_weight += task.weight
+                pool.tell(task, record)
                 workspace.progress(finished_weight, total, "samples")
     finally:
         if pool:
@@ -98,6 +103,9 @@ class _Pool:
         self.workspace, self.config = workspace, workspace.fanout
         self.waiting = list(reversed(todo))
         self.attempts = {task.index: 0 for task in todo}
+        self.began: dict[int, float] = {}
+        gpus = self.config.num_gpus
+        self.clock = telemetry.Clock("gpu" if gpus else "cpu", gpus or 1.0)
         self.quarantine: dict[int, str] = {}
         self.running: dict[Any, tuple[ShardTask, Any]] = {}
         self.computed: list[tuple[ShardTask, Any]] = []
@@ -105,7 +113,7 @@ class _Pool:
         self.starting: dict[Any, Any] = {}
         self.idle: list[Any] = []
         size = min(len(todo), _room(self.config))
-        self.actor = lambda: _actor(self.config).remote(work, dict(arguments))
+        self.actor = lambda: _actor(self.config).remote(work, dict(arguments), dict(logs.place()))
         for _ in range(size):
             self._spawn()
         self.last_finish = time.monotonic()
@@ -128,6 +136,8 @@ class _Pool:
         self.computed.clear()
         at_work = [*self.running, *self.writing, *self.starting]
         ready, _ = ray.wait(at_work, num_returns=1, timeout=2.0)
+        self.clock.tell(workers=len(self.idle) + len(self.running))
+        telemetry.tell("darkroom_shards_waiting", len(self.waiting))
         settled = [self._settle(reference) for reference in ready if reference not in self.starting]
         for reference in ready:
             if reference in self.starting:
@@ -137,6 +147,12 @@ class _Pool:
                 f"no shard finished for {self.config.stall_seconds:.0f} s (fanout.stall_seconds)"
             )
         return [record for record in settled if record is not None]
+
+    def tell(self, task: ShardTask, record: ShardRecord) -> None:
+        """Lets logs and figures know that a shard is done."""
+        seconds = time.monotonic() - self.began[task.index]
+        telemetry.tell_shard(record, task.weight, seconds)
+        log.debug("done, %d samples in %.1f s", task.weight, seconds, extra={"shard": task.index})
 
     def close(self) -> None:
         import ray
@@ -163,6 +179,7 @@ class _Pool:
 
     def _start(self, task: ShardTask, actor: Any) -> None:
         self.attempts[task.index] += 1
+        self.began[task.index] = time.monotonic()
         self.running[actor.run.remote(task, self.workspace.folder)] = (task, actor)
 
     def _settle(self, reference: Any) -> tuple[ShardTask, ShardRecord] | None:
@@ -179,11 +196,11 @@ class _Pool:
             cause = error.cause
             if isinstance(cause, UserError) or getattr(cause, "errno", None) in NO_PLACE_TO_WRITE:
                 raise cause from None  # no second attempt mends a wrong config or a full disk
-            self._retry(task, f"{type(cause).__name__}: {cause}")
+            self._retry(task, cause, f"{type(cause).__name__}: {cause}")
             return None
         except RayActorError as error:
             self._bury(actor, was_running=was_running)
-            self._retry(task, f"its worker died ({type(error).__name__})")
+            self._retry(task, error, f"its worker died ({type(error).__name__})")
             return None
         self.idle += [actor] if was_running else []
         if record is None:
@@ -197,7 +214,10 @@ class _Pool:
             self.idle = [other for other in self.idle if other != actor]
             self._spawn()
 
-    def _retry(self, task: ShardTask, reason: str) -> None:
+    def _retry(self, task: ShardTask, cause: BaseException, reason: str) -> None:
+        telemetry.tell("darkroom_failed_attempts", 1, reason=type(cause).__name__)
+        count = f"attempt {self.attempts[task.index]} of {self.config.max_attempts}"
+        log.warning("shard %05d: %s, %s", task.index, reason, count, extra={"shard": task.index})
         if self.attempts[task.index] < self.config.max_attempts:
             self.waiting.append(task)
         else:
@@ -228,7 +248,11 @@ def _actor(config: FanoutConfig) -> Any:
 class _Worker:
     """The actor's body: builds its work at its first task, where an error reaches the driver as what it is."""
 
-    def __init__(self, work: Callable[..., ShardWork], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, work: Callable[..., ShardWork], arguments: dict[str, Any], place: dict[str, Any]
+    ) -> None:
+        logs.set_up_worker()
+        self.place = place
         self.build = functools.cache(functools.partial(work, **arguments))
         self.writer = ThreadPoolExecutor(1, "write")
         self.writing: dict[int, Future[ShardRecord]] = {}
@@ -238,11 +262,13 @@ class _Worker:
 
     def run(self, task: ShardTask, folder: str) -> ShardRecord | None:
         """The record of a finished shard; None while it is still written, which `written` waits for."""
-        made = self.build()(task, folder)
-        if isinstance(made, ShardRecord):
-            manifest.publish_receipt(folder, made)
-            return made
-        self.writing[task.index] = self.writer.submit(_written, made, folder)
+        with logs.at(**self.place, shard=task.index):
+            made = self.build()(task, folder)
+            if isinstance(made, ShardRecord):
+                manifest.publish_receipt(folder, made)
+                return made
+            context = contextvars.copy_context()
+            self.writing[task.index] = self.writer.submit(context.run, _written, made, folder)
         return None
 
     def written(self, index: int) -> ShardRecord:

@@ -20,6 +20,7 @@ from torch import Tensor
 from data.errors import CorruptArtifact, SampleError
 from data.images import decode
 from data.tars import ShardReader
+from stages import telemetry
 
 BATCHES_AHEAD = 2
 """Batches that wait decoded, or are being decoded, while the device works on one: what bounds the memory."""
@@ -57,6 +58,7 @@ def decoded(
             pictures = [decoders.submit(_picture, reader, row) for row in rows]
             pending.append(stacker.submit(_batch, rows, pictures, pin))
             if len(pending) > BATCHES_AHEAD:
+                telemetry.tell("darkroom_batches_ready", sum(batch.done() for batch in pending))
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -21,7 +21,7 @@ from data.originals import MISSING, is_retryable
 from data.rows import Cell
 from data.shards import ShardConfig, settle_shard, write_shard
 from data.sources import Row, SourceConfig
-from stages import prompts
+from stages import logs, prompts
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.failures import check_failures, table_of
 from stages.fanout import ShardTask, map_shards
@@ -196,7 +196,8 @@ def _without_repeats(
     whenever this is killed, and whatever the source becomes meanwhile, no shard stands for another decision than its own.
     """
     drafts = storage.join(workspace.folder, DRAFTS)
-    written = map_shards(ShardWriting, {"config": config.shard}, tasks, replace(workspace, folder=drafts))
+    with logs.at(stage="shard drafts"):
+        written = map_shards(ShardWriting, {"config": config.shard}, tasks, replace(workspace, folder=drafts))
     columns = ["key", "status", "error_class", "sha256", "phash"]
     tables = [table_of(workspace.folder, record, columns) for record in extent.shards]
     tables += [table_of(drafts, record, columns) for record in written]

@@ -15,7 +15,7 @@ from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import FileRecord, Snapshot, file_record, load_snapshot
-from stages import cluster, model_card
+from stages import cluster, logs, model_card
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit
@@ -185,6 +185,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
             "run": f"{name}-{workspace.fingerprint}",
             "identity": identity,
             "board": board,
+            "place": dict(logs.place()),
         },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,

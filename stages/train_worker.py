@@ -17,6 +17,7 @@ from data.ahead import prefetch
 from data.config import result_fields
 from data.loader import ColumnSet, batches, held_out_batches, key_at
 from data.manifest import Snapshot
+from stages import logs, telemetry
 from training import distributed, loop
 from training.checkpoint import TrainState
 from training.sinks import Sinks
@@ -25,6 +26,12 @@ from training.systems.system import Batch, Trainable, TrainConfig
 
 def work(spec: dict[str, Any]) -> None:
     """Trains what `spec` says to its end, as one of the ranks; rank 0 publishes. Resumes from the newest checkpoint."""
+    logs.set_up_worker()
+    with logs.at(**spec["place"]):
+        _train(spec)
+
+
+def _train(spec: dict[str, Any]) -> None:
     folder, config = storage.local_path(spec["folder"]), spec["config"]
     everything = ColumnSet(
         [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
@@ -91,7 +98,11 @@ def _reports(spec: dict[str, Any]) -> tuple[Callable[[loop.Row], None], Callable
     )
     place = {"devices": distributed.world_size(), "device": _device_name()}
 
+    clock = telemetry.Clock(distributed.device().type.replace("cuda", "gpu"))
+
     def report(row: loop.Row) -> None:
+        clock.tell(workers=distributed.world_size())
+        telemetry.tell_row(row, config.batch_size)
         board.write.remote(row["step"], row["loss"], row["samples_per_second"])
         kept.write({**row, **place})
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the images install, in the two steps that make two layers:
 #   install.sh packages VENV    every dependency at its pinned version, from pyproject.toml and constraints.txt of this folder
-#   install.sh code VENV        the packages of this folder, and the command `darkroom`
+#   install.sh code VENV        the command `darkroom`, whose code stays in this folder
 set -euo pipefail
 
 venv=$2
@@ -30,7 +30,8 @@ PYTHON
         add --constraint constraints.txt --requirement "$requirements"
         ;;
     code)
-        add --no-deps --no-build-isolation .
+        add --no-deps --no-build-isolation --editable .
+        "$venv/bin/python" -m compileall -q data training stages flows
         ;;
     *)
         echo "install.sh: $1 is neither packages nor code" >&2

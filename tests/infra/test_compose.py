@@ -11,7 +11,7 @@ import pytest
 from tests.infra.conftest import INFRA, SCHEMAS, is_pinned, our_image, read_yaml
 
 VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)(:[-?][^}]*)?\}")
-SECRETS = {"POSTGRES_PASSWORD", "PREFECT_PASSWORD", "RAY_AUTH_TOKEN", "S3_SECRET_KEY"}
+SECRETS = {"POSTGRES_PASSWORD", "PREFECT_PASSWORD", "RAY_AUTH_TOKEN", "S3_SECRET_KEY", "GRAFANA_PASSWORD"}
 CHECKED_BY_IMAGE = "DARKROOM_HEALTH"
 
 
@@ -97,5 +97,5 @@ def test_our_containers_hold_no_privileges(compose):
 def test_files_that_are_mounted_are_there(compose):
     mounts = [v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", [])]
     files = [mount for mount in mounts if mount.startswith("./")]
-    assert all(Path(INFRA, file).is_file() for file in files)
+    assert files and all(Path(INFRA, file).is_file() for file in files)
     assert {mount for mount in mounts if not mount.startswith("./")} == set(compose["volumes"])
