@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import math
 import os
 import secrets
@@ -15,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data import storage
+from data import conditional, storage
 from data.config import Config
 from data.errors import LeaseHeld
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
 POLL_SECONDS = 1.0
+FILE = "lease.json"
 
 
 class Owner(Config):
@@ -42,34 +41,35 @@ def lease(
 ) -> Iterator[None]:
     """Holds the only lease on the artifact `folder` for the length of the block; waits while another live owner has it.
 
-    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. An owner whose process has ended on this machine, or
-    whose heartbeat is older than a minute, is succeeded. Object stores have no lease yet: the block runs at once.
+    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. An
+    owner whose process has ended on this machine, or whose heartbeat is older than a minute, is succeeded: machines that
+    share a store agree on the time to well within that. On a disk and in S3; stores of other kinds have no lease, the block
+    runs at once.
     """
-    if not storage.is_local(folder):
+    if not conditional.is_supported(folder):
         yield
         return
-    path = storage.local_path(folder) / "_meta" / "lease.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(8)
-    _acquire(path, token, waiting, patience)
+    url, token = _place(folder), secrets.token_hex(8)
+    _acquire(url, token, waiting, patience)
     stopped = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, token, stopped), daemon=True, name="darkroom-lease")
+    beating = threading.Thread(target=_beat, args=(url, token, stopped), daemon=True, name="darkroom-lease")
     beating.start()
     try:
         yield
     finally:
         stopped.set()
         beating.join()
-        with contextlib.suppress(FileNotFoundError), _alone(path):  # its holder may have removed the artifact
-            if (owner := _read(path)) and owner.token == token:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # a lease that cannot be given back runs out by itself
+            owner, version = _read(url)
+            if owner and owner.token == token:
+                conditional.remove(url, version)
 
 
 def holder(folder: str) -> Owner | None:
-    """Who holds the lease on the artifact `folder` and lives; None where nobody does, and in an object store."""
-    if not storage.is_local(folder):
+    """Who holds the lease on the artifact `folder` and lives; None where nobody does, and in a store that has no leases."""
+    if not conditional.is_supported(folder):
         return None
-    owner = _read(storage.local_path(folder) / "_meta" / "lease.json")
+    owner, _ = _read(_place(folder))
     return owner if owner and is_alive(owner) else None
 
 
@@ -86,53 +86,60 @@ def is_alive(owner: Owner) -> bool:
     return time.time() - owner.beat <= EXPIRY_SECONDS
 
 
-def _acquire(path: Path, token: str, waiting: Callable[[Owner], None], patience: float) -> None:
+def _place(folder: str) -> str:
+    return storage.join(folder, "_meta", FILE)
+
+
+def _acquire(url: str, token: str, waiting: Callable[[Owner], None], patience: float) -> None:
     told, deadline = False, time.monotonic() + patience
-    while owner := _take(path, token):
+    while owner := _take(url, token):
         if not told:
             waiting(owner)
             told = True
         if time.monotonic() > deadline:
             raise LeaseHeld(
-                f"process {owner.pid} on {owner.host} has been building {path.parent.parent} for all of the {patience:g} s "
+                f"process {owner.pid} on {owner.host} has been building {url.rsplit('/', 2)[0]} for all of the {patience:g} s "
                 "that this run waits (fanout.lease_seconds): wait for it, or end it, and run the same command again"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _take(path: Path, token: str) -> Owner | None:
+def _take(url: str, token: str) -> Owner | None:
     """Writes our lease where there is none of a live owner; else returns that owner."""
-    with _alone(path):
-        owner = _read(path)
-        if owner is not None and is_alive(owner):
+    while True:
+        owner, version = _read(url)
+        if owner and owner.token == token:
+            return None  # written before, by a request whose answer was lost
+        if owner and is_alive(owner):
             return owner
-        storage.write_bytes(str(path), this_process(token).model_dump_json().encode())
-        return None
+        mine = _payload(token)
+        if conditional.replace(url, mine, version) if version else conditional.create(url, mine):
+            return None
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time reads a lease and changes it; the system ends the turn of a process that is killed."""
-    with path.with_suffix(".lock").open("wb") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        yield
-
-
-def _beat(path: Path, token: str, stopped: threading.Event) -> None:
+def _beat(url: str, token: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_SECONDS):
-        # a disk that is full now may have room at the next beat
-        with contextlib.suppress(OSError), _alone(path):
-            owner = _read(path)
+        # a disk that is full now may have room at the next beat, a store that is away may be back
+        with contextlib.suppress(Exception):
+            owner, version = _read(url)
             if owner is None or owner.token != token:
                 return
-            storage.write_bytes(str(path), this_process(token).model_dump_json().encode())
+            conditional.replace(url, _payload(token), version)
 
 
-def _read(path: Path) -> Owner | None:
+def _payload(token: str) -> bytes:
+    return this_process(token).model_dump_json().encode()
+
+
+def _read(url: str) -> tuple[Owner | None, str]:
+    """Whose lease it is, and which version of the file says so; nobody's where it cannot be read, no version without a file."""
+    found = conditional.read(url)
+    if found is None:
+        return None, ""
     try:
-        return Owner.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return None
+        return Owner.model_validate_json(found.payload), found.version
+    except ValueError:
+        return None, found.version
 
 
 def _born(pid: int) -> str:

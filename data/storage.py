@@ -55,14 +55,14 @@ def read_bytes(url: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
     if is_local(url):
         return local_path(url).read_bytes()
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     return filesystem.cat_file(path)  # type: ignore[return-value]
 
 
 def write_bytes(url: str, payload: bytes) -> None:
     """Publishes `payload` at `url` in one step and durably; parent folders are made."""
     if not is_local(url):
-        filesystem, path = _filesystem(url)
+        filesystem, path = filesystem_of(url)
         filesystem.pipe_file(path, payload)
         return
     target = local_path(url)
@@ -83,7 +83,7 @@ def write_bytes(url: str, payload: bytes) -> None:
 def publish_file(source: Path, url: str) -> None:
     """Moves the finished local file `source` to `url` in one step."""
     if not is_local(url):
-        filesystem, path = _filesystem(url)
+        filesystem, path = filesystem_of(url)
         filesystem.put_file(str(source), path)
         source.unlink()
         return
@@ -103,7 +103,7 @@ def exists(url: str) -> bool:
     """Whether a file or folder lies at `url`."""
     if is_local(url):
         return local_path(url).exists()
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     return filesystem.exists(path)
 
 
@@ -116,7 +116,7 @@ def list_files(url: str) -> list[str]:
         folder = local_path(url)
         names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
         return sorted(name for name in names if not name.startswith(_TEMPORARY))
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     if not filesystem.isdir(path):
         return []
     return sorted(
@@ -129,7 +129,7 @@ def list_folders(url: str) -> list[str]:
     if is_local(url):
         folder = local_path(url)
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     if not filesystem.isdir(path):
         return []
     infos = filesystem.ls(path, detail=True)
@@ -144,7 +144,7 @@ def list_tree(url: str) -> list[Entry]:
     """
     if is_local(url):
         return sorted(_walk(str(local_path(url)), ""))
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     root = path.rstrip("/") + "/" if path.strip("/") else ""
     infos: Any = filesystem.find(path, detail=True)
     found = (
@@ -159,7 +159,7 @@ def is_folder(url: str) -> bool:
     """Whether `url` is a folder, or the beginning of the names of objects in a store."""
     if is_local(url):
         return local_path(url).is_dir()
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     return filesystem.isdir(path)
 
 
@@ -171,7 +171,7 @@ def stamp(url: str) -> str | None:
         except OSError:
             return None
         return f"{facts.st_size}-{facts.st_mtime_ns}"
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     try:
         return _stamp_of(filesystem.info(path))
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
         with local_path(url).open("rb") as file:
             file.seek(start)
             return file.read(size)
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     try:
         return filesystem.cat_file(path, start=start, end=start + size)  # type: ignore[return-value]
     except OSError as error:
@@ -198,7 +198,7 @@ def remove(url: str) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm_file(path)
 
@@ -233,7 +233,7 @@ def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
     """A seekable binary stream; one on a remote file reads ahead `block_bytes`, or as much as its file system finds best."""
     if is_local(url):
         return local_path(url).open("rb")
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     options = {} if block_bytes is None else {"block_size": block_bytes, "cache_type": "readahead"}
     return filesystem.open(path, "rb", **options)  # type: ignore[return-value]
 
@@ -248,7 +248,7 @@ def sha256(url: str) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a remote `url` and the path in it. What it remembers of earlier listings is forgotten: other
     machines write too."""
     filesystem, path = fsspec.core.url_to_fs(url)

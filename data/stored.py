@@ -13,6 +13,7 @@ from data.lease import Owner, holder
 from data.manifest import Snapshot, snapshots
 
 STORE = "store"
+LEASE = "lease."
 Name = tuple[str, str]
 """(stage, key): what an artifact is called under any root, also after a root was moved."""
 
@@ -73,16 +74,24 @@ def stored(root: str) -> Iterator[Stored]:
 
 def remove(folder: str) -> None:
     """Removes an artifact: its snapshots first, so that what is half removed is not there, its `_meta` last, so that it is
-    still known for what it is."""
-    kept = storage.join(folder, "_meta", "snapshots")
-    for name in storage.list_files(kept):
-        storage.remove(storage.join(kept, name))
+    still known for what it is; of that the lease last, since who finds none may begin to build."""
+    meta = storage.join(folder, "_meta")
+    _empty(storage.join(meta, "snapshots"))
     for name in storage.list_folders(folder):
         if name != "_meta":
             storage.remove_tree(storage.join(folder, name))
-    for name in storage.list_files(folder):
-        storage.remove(storage.join(folder, name))
+    _empty(folder)
+    for name in storage.list_folders(meta):
+        storage.remove_tree(storage.join(meta, name))
+    _empty(meta, but=LEASE)
     storage.remove_tree(folder)
+
+
+def _empty(folder: str, but: str = "/") -> None:
+    """Removes the files of `folder` itself, those whose names begin with `but` excepted."""
+    for name in storage.list_files(folder):
+        if not name.startswith(but):
+            storage.remove(storage.join(folder, name))
 
 
 def needed(artifacts: Iterable[Stored], roots: Iterable[Name]) -> frozenset[Name]:

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,39 @@ def untrained_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return root, untrained.finish(untrained.plan_of(root))
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Any]:
+    """An S3 server on this machine (`tests/object_store.py`)."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def bucket(object_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket, which child processes reach too."""
+    import fsspec
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", object_store.address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    kind = fsspec.get_filesystem_class("s3")
+    kind.clear_instance_cache()
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("pictures")
+    yield "s3://pictures"
+    object_store.lag = 0.0
+    filesystem.invalidate_cache()
+    filesystem.rm("pictures", recursive=True)
+    kind.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from object_store import ObjectStore
+
 from data import manifest, sources, storage
 from data.errors import SampleError, UserError
 from data.originals import Originals, is_retryable
@@ -28,8 +32,6 @@ from data.sources import SourceConfig, list_rows
 CONFIG = ShardConfig(image_size=16, encode_format="png", samples_per_shard=100)
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
 
 
 def _picture(seed: int) -> bytes:
@@ -37,32 +39,6 @@ def _picture(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of an S3 server that forgets everything at the end."""
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("pictures")
-    yield "s3://pictures"
-    filesystem.invalidate_cache()
-    filesystem.rm("pictures", recursive=True)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def _put(url: str, content: bytes | str) -> None:
@@ -167,10 +143,10 @@ def test_what_is_gone_or_was_never_there_is_one_row_or_one_sentence(bucket: str,
             list_rows(SourceConfig(path=path))
 
 
-def test_what_another_machine_wrote_is_seen_at_once(bucket: str, server: str) -> None:
+def test_what_another_machine_wrote_is_seen_at_once(bucket: str, object_store: ObjectStore) -> None:
     _put(f"{bucket}/out/a.json", b"{}")
     assert storage.list_files(f"{bucket}/out") == ["a.json"]
-    other: Any = fsspec.filesystem("s3", skip_instance_cache=True, endpoint_url=server)
+    other: Any = fsspec.filesystem("s3", skip_instance_cache=True, endpoint_url=object_store.address)
     other.pipe_file("pictures/out/b.json", b"{}")
     assert storage.exists(f"{bucket}/out/b.json")
     assert storage.list_files(f"{bucket}/out") == ["a.json", "b.json"]
