@@ -83,6 +83,10 @@ class ShardRecord(Config):
         return matches[0]
 
 
+START = "start"
+"""Role of the weights that a training began with: read once, and no part of what is needed to use its result."""
+
+
 class Parent(Config):
     """A link of the lineage: which artifact was read, and what it held then."""
 

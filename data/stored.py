@@ -10,7 +10,7 @@ from datetime import datetime
 from data import storage
 from data.errors import CorruptArtifact
 from data.lease import Owner, holder
-from data.manifest import Snapshot, snapshots
+from data.manifest import START, Snapshot, snapshots
 
 STORE = "store"
 LEASE = "lease."
@@ -44,9 +44,9 @@ class Stored:
 
     @property
     def parents(self) -> frozenset[Name]:
-        """What any state of it was made from, as far as it lies in a store."""
-        read = (parent.folder for snapshot in self.snapshots for parent in snapshot.parents.values())
-        return frozenset(name for folder in read if (name := name_of(folder)))
+        """What any state of it was made from, as far as it lies in a store; without weights that a training began with."""
+        links = (link for snapshot in self.snapshots for link in snapshot.parents.items())
+        return frozenset(name for role, parent in links if role != START and (name := name_of(parent.folder)))
 
 
 def name_of(folder: str) -> Name | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from data.manifest import Snapshot, load_snapshot
 from flows import runs
 from flows.comparing import measured_of
 from flows.plan import Plan
+from flows.promoting import Move
 from stages.pictures import png
 from stages.prompts import read_prompts
 from training.metrics.comparison import Measured
@@ -64,6 +65,18 @@ def publish_outcome(plan: Plan) -> None:
     if storage.exists(page := storage.join(plan.root, plan.run, "report.html")):
         link = Path(page).as_uri() if storage.is_local(page) else page
         create_link_artifact(link, link_text=page, key=_key(plan, "report"), description=plan.run)
+
+
+def publish_moves(plan: Plan, moves: Sequence[Move]) -> None:
+    """Who served when, the newest first."""
+    rows = [move.model_dump() for move in reversed(moves)]
+    create_table_artifact(table=rows, key="production", description=plan.root)
+
+
+def publish_collected(found: Mapping[str, Any]) -> None:
+    """What a `gc` removed, or would."""
+    rows = [{name: row[name] for name in ("stage", "key", "bytes", "uri")} for row in found["artifacts"]]
+    create_table_artifact(table=rows, key="gc", description=f"{found['root']}: {found['bytes']:,} bytes")
 
 
 def ledger(made: Iterable[Snapshot]) -> list[dict[str, Any]]:

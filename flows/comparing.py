@@ -61,6 +61,12 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
     rows = json.loads(storage.read_bytes(path))["scores"]
     if any("protocol" not in row for row in rows):
         raise UserError(f"run {record['run']} was evaluated without protocols: run its recipe again")
+    return measured_in(folder)
+
+
+def measured_in(folder: str) -> dict[str, Measured]:
+    """The scores of the evaluation that lies in `folder`."""
+    rows = json.loads(storage.read_bytes(storage.join(folder, SCORES)))["scores"]
     return {row["name"]: Measured.model_validate(row) for row in rows}
 
 

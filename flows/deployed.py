@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefect import flow, get_run_logger, tags
+from prefect import flow, get_run_logger, suspend_flow_run, tags
 from prefect.client.schemas.objects import State
+from prefect.input import RunInput
 from prefect.states import Completed, Failed
+from pydantic import Field
 
 from data.errors import DarkroomError, UserError
-from flows import artifacts, places, runs
-from flows.parameters import PrepareParameters, RunParameters
+from flows import artifacts, keeping, places, promoting, refreshing, runs
+from flows.parameters import CollectParameters, PrepareParameters, RefreshParameters, RunParameters
 from flows.plan import Plan
 
 EVALUATION = ("generate", "evaluate", "report")
@@ -21,6 +23,12 @@ EVALUATION = ("generate", "evaluate", "report")
 
 TAG = "darkroom"
 """What the automation for lost processes looks for, also on the flow run within the flow run."""
+
+
+class Approval(RunInput):
+    """What a person is asked before production moves."""
+
+    promote: bool = Field(description="let the new run serve")
 
 
 class _FlowLog(logging.Handler):
@@ -58,6 +66,18 @@ def prepare(run: PrepareParameters) -> State[Any]:
     return _ended(lambda: _carried_out(run.plan(), run.address))
 
 
+@flow(persist_result=False)
+def refresh(run: RefreshParameters) -> State[Any]:
+    """New data to new shards, training that goes on from the production run's weights, and production for what is not worse."""
+    return _ended(lambda: _refreshed(run))
+
+
+@flow(persist_result=False)
+def gc(run: CollectParameters) -> State[Any]:
+    """What no run wants any more goes."""
+    return _ended(lambda: _collected(run))
+
+
 def _ended(work: Callable[[], str]) -> State[Any]:
     """The state of a run that did `work`, which returns what came of it; an error that says what to do is its message."""
     log = logging.getLogger("darkroom")
@@ -83,6 +103,41 @@ def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:
         raise
     artifacts.publish_outcome(plan)
     return f"{plan.run}: {_told(record['stages'])}"
+
+
+def _refreshed(run: RefreshParameters) -> str:
+    found = refreshing.refresh_of(run)
+    plan = found.plan
+    if not found.is_news:
+        return f"no data that {found.holder} was not trained on: it stays production"
+    told = _carried_out(plan, run.address)
+    with tags(TAG):
+        against = refreshing.holder_scores(found, run)
+    reason = promoting.judged(plan.root, plan.run, against=against)
+    if run.approval and not _approved(plan, reason, run.approval_hours):
+        return f"{told}; not promoted, though it might be ({reason}): a person declined"
+    move = promoting.promote(plan.root, plan.run, force=False, against=against)
+    artifacts.publish_moves(plan, promoting.history(plan.root))
+    return f"{told}; production is {move.run}: {move.reason}"
+
+
+def _approved(plan: Plan, reason: str, hours: float) -> bool:
+    """A person's answer. The run ends and begins again when it is there, and finds every stage cached."""
+    form = Approval.with_initial_data(description=f"Promote **{plan.run}** to production?\n\n{reason}")
+    return suspend_flow_run(wait_for_input=form, timeout=round(hours * 3600), key="promote").promote
+
+
+def _collected(run: CollectParameters) -> str:
+    found = keeping.collect(
+        places.checked_root(run.root),
+        keep_runs=run.keep_runs,
+        forget=(),
+        older_than=run.older_than_hours * 3600,
+        dry_run=run.dry_run,
+    )
+    artifacts.publish_collected(found)
+    would = "would go" if run.dry_run else "went"
+    return f"{len(found['artifacts'])} artifacts and {len(found['runs'])} runs {would}; {found['kept']} artifacts are kept"
 
 
 def _told(stages: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from data.checksums import checksum_of
 from data.config import Config
 from data.errors import UserError
+from data.manifest import START
 from data.sources import describe
 from flows.protocols import PROTOCOLS
 from flows.recipes import Recipe
@@ -45,15 +46,22 @@ class Node:
 
 
 def unclip_nodes(
-    recipe: Recipe, *, retry_failed: bool = False, baselines: Mapping[str, InputRef] | None = None
+    recipe: Recipe,
+    *,
+    retry_failed: bool = False,
+    baselines: Mapping[str, InputRef] | None = None,
+    made: Mapping[str, InputRef] | None = None,
+    start: Mapping[str, InputRef] | None = None,
 ) -> list[Node]:
     """The main recipe in an order that respects its inputs; a `pretrained` encoder takes its training stage's place.
 
     `retry_failed`: rows that failed for a reason that may pass are attempted again, in new shards. `baselines`: the
-    evaluation of every run that a gate names.
+    evaluation of every run that a gate names. `made`: artifacts that take the place of training stages. `start`: the prior or
+    denoiser whose weights that training begins with.
     """
     _refuse_misfits(recipe)
-    clip, vae = _encoder(recipe, "clip"), _encoder(recipe, "vae")
+    made, start = made or {}, start or {}
+    clip, vae = (made.get(kind) or _encoder(recipe, kind) for kind in ("clip", "vae"))
     generation = recipe.evaluate.model_dump(include=set(GenerateConfig.model_fields))
     generation["seed"] += recipe.seed
     generation["prompts_digest"] = _prompts_digest(recipe)
@@ -65,8 +73,12 @@ def unclip_nodes(
         "embed": "embed",
         "clip": clip,
         "vae": vae,
-        "prior": "prior",
-        "denoiser": "denoiser",
+        "prior": made.get("prior", "prior"),
+        "denoiser": made.get("denoiser", "denoiser"),
+    }
+    data = {
+        "prior": {"data": "shard", "embed": "embed"},
+        "denoiser": {"data": "shard", "embed": "embed", "encode": "encode"},
     }
     nodes = [
         _shard(recipe, retry_failed),
@@ -74,8 +86,11 @@ def unclip_nodes(
         Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": clip}),
         *([_training(recipe, "vae", {"data": "shard"})] if vae == "vae" else []),
         Node(STAGES["encode"], recipe.encode, {"data": "shard", "vae": vae}),
-        _training(recipe, "prior", {"data": "shard", "embed": "embed"}),
-        _training(recipe, "denoiser", {"data": "shard", "embed": "embed", "encode": "encode"}),
+        *(
+            _training(recipe, name, data[name] | ({START: start[name]} if name in start else {}))
+            for name in ("prior", "denoiser")
+            if name not in made
+        ),
         Node(STAGES["generate"], GenerateConfig.model_validate(generation), system),
         Node(
             STAGES["evaluate"], EvaluateConfig.model_validate(measuring), {**system, "generate": "generate"}

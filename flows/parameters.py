@@ -70,11 +70,12 @@ class PlaceParameters(StoreParameters):
     @property
     def assignments(self) -> list[str]:
         """`settings` as the command line takes them."""
-        texts = {
-            path: value if isinstance(value, str) else json.dumps(value)
-            for path, value in self.settings.items()
-        }
-        return [f"{path}={text}" for path, text in texts.items()]
+        return assigned(self.settings)
+
+
+def assigned(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line takes them: `PATH=VALUE`."""
+    return [f"{path}={v if isinstance(v, str) else json.dumps(v)}" for path, v in settings.items()]
 
 
 class RunParameters(PlaceParameters):
@@ -106,3 +107,32 @@ class PrepareParameters(PlaceParameters):
         return prepare_plan(
             self.data, assignments=self.assignments, root=self.root, retry_failed=self.retry_failed
         )
+
+
+class RefreshParameters(RunParameters):
+    """A recipe whose data grow, and what it takes to let a new run serve."""
+
+    keep_encoders: bool = Field(
+        True,
+        description="keep CLIP and VAE of the production run, so that new shards alone are embedded and encoded, and go on "
+        "training its prior and denoiser; else everything is trained anew",
+    )
+    continued: dict[str, Any] = Field(
+        {},
+        description='settings that hold where training goes on from earlier weights: {"denoiser.max_steps": 200}',
+        json_schema_extra=_settings_schema,
+    )
+    approval: bool = Field(False, description="ask a person before production moves")
+    approval_hours: float = Field(72.0, gt=0, le=24 * 90, description="how long the question stands")
+
+
+class CollectParameters(StoreParameters):
+    """What may go from a store."""
+
+    keep_runs: int | None = Field(
+        None,
+        ge=1,
+        description="forget all but that many of the newest runs first; latest, production and pinned ones stay",
+    )
+    older_than_hours: float = Field(24.0, ge=0, description="leave alone what changed since")
+    dry_run: bool = Field(False, description="say what would go, and remove nothing")

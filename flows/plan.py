@@ -172,7 +172,7 @@ def _continues(place: Place, inputs: Mapping[str, InputRef], planned: Mapping[st
     if not isinstance(node.config, TrainConfig):
         return ""
     for role, ref in inputs.items():
-        made = planned[ref.stage].snapshot if not ref.external else ref.open()
+        made = planned[ref.stage].snapshot if ref.stage in planned else ref.open()
         if made is None:
             return ""
         digests[role] = made.digest

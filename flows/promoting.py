@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
@@ -11,7 +12,11 @@ from data.config import Config
 from data.errors import CorruptArtifact, GateFailed, UserError
 from flows import runs
 from flows.comparing import measured_of
+from training.metrics.comparison import Measured
 from training.metrics.gates import judge, parsed
+
+Scores = Mapping[str, Mapping[str, Measured]]
+"""Run -> its scores."""
 
 
 class Move(Config):
@@ -43,30 +48,47 @@ def history(root: str) -> tuple[Move, ...]:
         raise CorruptArtifact(f"{path} cannot be read: remove it and promote a run again") from error
 
 
-def promote(root: str, name: str, *, force: bool) -> Move:
+def promote(root: str, name: str, *, force: bool, against: Scores | None = None) -> Move:
     """Moves `production` to the run `name`, where no metric is worse than the present holder's by its paired interval.
 
-    `force` asks for no comparison. Raises GateFailed, the pointer staying where it is, when the run is worse or nothing
-    compares; UserError for a run without scores, or one whose own gates failed.
+    `force` asks for no comparison; `against` has scores of holders that were measured anew. Raises GateFailed, the pointer
+    staying where it is, when the run is worse or nothing compares; UserError for a run without scores, or one whose own gates
+    failed.
     """
-    run, record = runs.named(root, name), runs.find(root, name)
-    scores = measured_of(root, run)
-    if any(stage["status"] == "failed" for stage in record["stages"]):
-        raise UserError(f"run {run} failed its own gates: it is not to be promoted")
+    run = _promotable(root, name)
     with runs.keeping(root):
         moves = history(root)
         holder = moves[-1].run if moves else None
         if holder == run:
             return moves[-1]
-        reason = "forced" if force else "nothing was there before"
-        if holder and not force:
-            verdict = judge(parsed(f"not worse than {holder}"), scores, {holder: measured_of(root, holder)})
-            if not verdict.held:
-                raise GateFailed(
-                    f"{run} is not promoted: {verdict.gate}: {verdict.reason}; --force promotes it all the same"
-                )
-            reason = f"{verdict.gate}: {verdict.reason}"
+        reason = "forced" if force else _reason(root, run, holder, against or {})
         return _moved(root, moves, Move(run=run, at=_now(), replaced=holder, reason=reason))
+
+
+def judged(root: str, name: str, *, against: Scores | None = None) -> str:
+    """Why the run `name` may be promoted; raises as `promote` does, and moves nothing."""
+    moves = history(root)
+    return _reason(root, _promotable(root, name), moves[-1].run if moves else None, against or {})
+
+
+def _promotable(root: str, name: str) -> str:
+    run, record = runs.named(root, name), runs.find(root, name)
+    measured_of(root, run)
+    if any(stage["status"] == "failed" for stage in record["stages"]):
+        raise UserError(f"run {run} failed its own gates: it is not to be promoted")
+    return run
+
+
+def _reason(root: str, run: str, holder: str | None, against: Scores) -> str:
+    if holder is None:
+        return "nothing was there before"
+    baseline = against.get(holder) or measured_of(root, holder)
+    verdict = judge(parsed(f"not worse than {holder}"), measured_of(root, run), {holder: baseline})
+    if not verdict.held:
+        raise GateFailed(
+            f"{run} is not promoted: {verdict.gate}: {verdict.reason}; --force promotes it all the same"
+        )
+    return f"{verdict.gate}: {verdict.reason}"
 
 
 def rollback(root: str) -> Move:

@@ -280,6 +280,11 @@ def note_start(root: str, run: str, plans: Sequence[Plan]) -> None:
     storage.write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def forget_start(root: str, run: str) -> None:
+    """Takes the note of `note_start` back."""
+    storage.remove(storage.join(root, run, STARTED))
+
+
 def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:
     folder = storage.join(plan.root, plan.run)
     if record["report"]:
@@ -298,5 +303,11 @@ def _keep(plan: Plan, record: dict[str, Any], seconds: float) -> None:
 
 
 def _external(plan: Plan) -> dict[str, str]:
-    """Role -> where weights that were made elsewhere lie."""
-    return {role: ref.folder for s in plan.stages for role, ref in s.inputs.items() if ref.external}
+    """Role -> where weights that no stage of the plan makes lie."""
+    own = {stage.name for stage in plan.stages}
+    used = ((role, ref) for stage in plan.stages for role, ref in stage.inputs.items())
+    return {
+        role: ref.folder
+        for role, ref in used
+        if ref.external or (role in ("clip", "vae") and ref.stage not in own)
+    }

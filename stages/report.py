@@ -21,7 +21,7 @@ from data import columns, storage
 from data.config import Config, operational
 from data.errors import GateFailed
 from data.loader import ColumnSet
-from data.manifest import Ledger, Snapshot, file_record
+from data.manifest import START, Ledger, Parent, Snapshot, file_record
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.pictures import png
 from stages.prompts import read_prompts
@@ -351,14 +351,24 @@ def _interpolations(snapshot: Snapshot) -> tuple[Interpolation, ...]:
 
 
 def _lineage(inputs: Inputs) -> tuple[Artifact, ...]:
-    return tuple(
-        Artifact(
-            stage=snapshot.stage,
-            fingerprint=snapshot.fingerprint,
-            parents=tuple(dict.fromkeys(parent.stage for parent in snapshot.parents.values())),
-        )
-        for snapshot in inputs.values()
+    """The artifacts of the run, after those that they were made from and that no stage of the run made."""
+    own = {snapshot.fingerprint for snapshot in inputs.values()}
+    links = [(s, role, parent) for s in inputs.values() for role, parent in s.parents.items()]
+    before = {_called(role, p): p.fingerprint for _, role, p in links if p.fingerprint not in own}
+    parents = {
+        s.stage: tuple(dict.fromkeys(_called(r, p) for c, r, p in links if c is s)) for s in inputs.values()
+    }
+    return (
+        *(Artifact(stage=name, fingerprint=fingerprint) for name, fingerprint in before.items()),
+        *(
+            Artifact(stage=s.stage, fingerprint=s.fingerprint, parents=parents[s.stage])
+            for s in inputs.values()
+        ),
     )
+
+
+def _called(role: str, parent: Parent) -> str:
+    return f"earlier {parent.stage}" if role == START else parent.stage
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:

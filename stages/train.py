@@ -14,7 +14,7 @@ from typing import Any
 from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
-from data.manifest import FileRecord, Snapshot, file_record, load_snapshot
+from data.manifest import START, FileRecord, Snapshot, file_record, load_snapshot
 from stages import cluster, logs, model_card
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
@@ -59,7 +59,8 @@ def training_stage(name: str) -> Stage:
 def run(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Trains `name` on the cluster, resuming from its newest checkpoint, and commits what it published.
 
-    Without a checkpoint of its own it goes on from that of a shorter training of the same kind, where there is one.
+    Without a checkpoint of its own it goes on from that of a shorter training of the same kind, where there is one; else from
+    the weights of the input `start`, where that is given.
     """
     started = time.monotonic()
     config = config.model_copy(update={"num_workers": _workers(config)})
@@ -82,12 +83,18 @@ def run(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) ->
 
 def _refuse_misfit(name: str, config: TrainConfig, inputs: Inputs) -> None:
     """Raises before any worker waits in a collective: columns that are missing or misaligned, too few samples."""
+    inputs = _read_from(inputs)
     have = {column for snapshot in inputs.values() for column in snapshot.columns}
     if missing := READS[name] - have:
         raise UserError(
             f"{name} reads {', '.join(sorted(missing))}, which none of its inputs has; they have {', '.join(sorted(have))}"
         )
     refuse_too_few(name, config, len(ColumnSet(list(inputs.values()))))
+
+
+def _read_from(inputs: Inputs) -> Inputs:
+    """The inputs that have columns."""
+    return {role: snapshot for role, snapshot in inputs.items() if role != START}
 
 
 def _settle_checkpoints(folder: Path, config: TrainConfig, workspace: Workspace, identity: str) -> None:
@@ -180,7 +187,8 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
             "name": name,
             "config": config,
             "fit": FIT[name],
-            "inputs": [(s.model_dump(), s.folder) for s in inputs.values()],
+            "inputs": [(s.model_dump(), s.folder) for s in _read_from(inputs).values()],
+            "start": inputs[START].folder if START in inputs else None,
             "folder": workspace.folder,
             "run": f"{name}-{workspace.fingerprint}",
             "identity": identity,

@@ -18,7 +18,7 @@ from data.config import result_fields
 from data.loader import ColumnSet, batches, held_out_batches, key_at
 from data.manifest import Snapshot
 from stages import logs, telemetry
-from training import distributed, loop
+from training import beginning, distributed, loop
 from training.checkpoint import TrainState
 from training.sinks import Sinks
 from training.systems.system import Batch, Trainable, TrainConfig
@@ -49,6 +49,7 @@ def _train(spec: dict[str, Any]) -> None:
         key_of=lambda position: key_at(columns, config.seed, position),
         held_out=_held_out(trainable, held, config),
         preempted=_notices(),
+        begin=_beginning(spec),
     )
     close()
     facts = loop.publish(trainable, state, folder)
@@ -70,6 +71,14 @@ def _batches(trainable: Trainable, columns: ColumnSet, config: TrainConfig, step
             device=distributed.device(),
         )
     )
+
+
+def _beginning(spec: dict[str, Any]) -> Callable[[torch.nn.Module], None]:
+    """What gives fresh weights the values that `spec` names; nothing where it names none."""
+    if spec["start"] is None:
+        return lambda _: None
+    folder = storage.local_path(spec["start"]) / beginning.FOLDERS[spec["name"]]
+    return lambda model: beginning.begin_with(model, folder)
 
 
 def _held_out(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from data.loader import ColumnSet
-from data.manifest import Snapshot
+from data.manifest import START, Snapshot
 from flows import runs
 from flows.comparing import baselines_of
 from flows.graph import unclip_nodes
@@ -96,7 +96,7 @@ def finish(plan: Plan) -> dict[str, Any]:
 def _untrained(name: str, config: Any, inputs: Mapping[str, Snapshot], workspace: Workspace) -> Snapshot:
     torch.manual_seed(0)
     folder = Path(workspace.folder)
-    trainable = train.FIT[name](config, ColumnSet(list(inputs.values())))
+    trainable = train.FIT[name](config, ColumnSet([s for role, s in inputs.items() if role != START]))
     facts = trainable.publish(trainable.build().eval(), folder)
     pq.write_table(pa.table({"step": [1], "loss": [1.0]}), folder / "curve.parquet")
     assert json.dumps(facts)

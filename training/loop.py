@@ -41,6 +41,7 @@ def train(
     key_of: spikes.KeyOf = str,
     held_out: validation.HeldOut | None = None,
     preempted: Callable[[], bool] = lambda: False,
+    begin: Callable[[nn.Module], None] = lambda _: None,
 ) -> TrainState:
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the final state.
 
@@ -48,9 +49,10 @@ def train(
     `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
     averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
+    `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
-    state = build_state(trainable, config)
+    state = build_state(trainable, config, begin)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
     with checkpoint.Saver(folder, identity, max_steps=config.max_steps) as saver:
@@ -118,10 +120,14 @@ def _roll_back(state: TrainState, error: spikes.Diverged, saver: checkpoint.Save
     saver.save(state)
 
 
-def build_state(trainable: Trainable, config: TrainConfig) -> TrainState:
-    """Fresh weights, the same on every rank for the same seed, with their optimizer and moving average."""
+def build_state(
+    trainable: Trainable, config: TrainConfig, begin: Callable[[nn.Module], None] = lambda _: None
+) -> TrainState:
+    """Fresh weights, or what `begin` makes of them, the same on every rank for the same seed, with optimizer and moving average."""
     torch.manual_seed(config.seed)
-    model = trainable.build().to(distributed.device())
+    model = trainable.build()
+    begin(model)
+    model = model.to(distributed.device())
     model.train()
     model = execution.prepared(model, config, world_size=distributed.world_size())
     model = distributed.distribute(model, fsdp=config.fsdp)
