@@ -68,6 +68,11 @@ class ShardCache:
             os.utime(self.folder / name)
             yield str(self.folder / name)
 
+    def fetched(self, source: str, files: Sequence[FileRecord]) -> Path:
+        """As `entry`, of files that are read at once: what was asked for last is what goes last."""
+        with self.entry(source, files) as folder:
+            return Path(folder)
+
     def _is_whole(self, name: str, files: Sequence[FileRecord]) -> bool:
         try:
             return all((self.folder / name / r.path).stat().st_size == r.bytes for r in files)

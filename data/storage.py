@@ -99,12 +99,42 @@ def publish_file(source: Path, url: str) -> None:
     _sync_folder(target.parent)
 
 
+def copy(source: str, url: str) -> None:
+    """Publishes the file at `source` at `url` too, in one step; both in one store, or both on this machine. Raises FileNotFoundError."""
+    if not is_local(url):
+        filesystem, path = filesystem_of(url)
+        filesystem.cp_file(filesystem_of(source)[1], path)
+        return
+    target = local_path(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_beside(target)
+    try:
+        shutil.copyfile(local_path(source), temporary)
+        publish_file(temporary, url)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def exists(url: str) -> bool:
     """Whether a file or folder lies at `url`."""
     if is_local(url):
         return local_path(url).exists()
     filesystem, path = filesystem_of(url)
     return filesystem.exists(path)
+
+
+def has_bucket(url: str) -> bool:
+    """Whether the bucket of an S3 `url` is there, or may not be asked for; True for other kinds of places."""
+    if not url.startswith(("s3://", "s3a://")):
+        return True
+    filesystem, path = filesystem_of(url)
+    try:
+        filesystem.call_s3("head_bucket", Bucket=path.split("/")[0])  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def list_files(url: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from data import storage
 from data.errors import UserError
 from training.distributed import device
 from training.randomness import Draws
@@ -63,7 +64,7 @@ def trained_parts(record: Mapping[str, Any]) -> dict[str, str]:
     """Folder of each stage of a run. Raises UserError when it ended before its prior or denoiser was trained."""
     folders = {**record["folders"], **record["external"]}
     for part in ("prior", "denoiser"):
-        if part not in folders or not Path(folders[part], "_meta").exists():
+        if part not in folders or not storage.exists(storage.join(folders[part], "_meta")):
             raise UserError(
                 f"run {record['run']} has no {part}: run its recipe again without --until or --only"
             )

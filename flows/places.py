@@ -48,12 +48,15 @@ def readable(uri: str) -> str:
 
 def _reachable(url: str) -> str:
     try:
+        is_there = storage.has_bucket(url)
         storage.exists(url)
     except Exception as error:  # each kind of store has errors of its own
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--root {url} cannot be reached ({line}): check the address and its credentials"
         ) from error
+    if not is_there:
+        raise UserError(f"--root {url}: there is no such bucket; make it, or check the name")
     return url
 
 

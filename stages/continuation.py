@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from data import storage
 from data.config import fingerprint, result_fields
@@ -17,7 +15,7 @@ from training.systems.system import TrainConfig
 class Donor:
     """A checkpoint of a shorter training that is also one of this training."""
 
-    path: Path
+    path: str
     step: int
     artifact: str
     """The fingerprint of the training that wrote it."""
@@ -44,38 +42,38 @@ def donor(folder: str, config: TrainConfig, identity: str) -> Donor | None:
 
     A shorter training's last checkpoint is not one: its curve was closed there, which a longer one would not do.
     """
-    if not is_open_ended(config) or not storage.is_local(folder):
+    if not is_open_ended(config):
         return None
-    here = storage.local_path(folder)
+    family, _, own = folder.rstrip("/").rpartition("/")
     found = []
-    for path in here.parent.glob("*/checkpoints/step_*"):
-        if path.parents[1] == here:
-            continue
-        try:
-            facts = checkpoint_facts.read(path)
-        except (OSError, ValueError):
-            continue
-        last = min(facts.get("max_steps") or 0, config.max_steps)
-        if facts["identity"] == identity and facts["clock"] < last:
-            found.append(Donor(path, facts["clock"], path.parents[1].name))
+    for name in storage.list_folders(family):
+        place = storage.join(family, name, "checkpoints")
+        for step in storage.list_folders(place) if name != own else ():
+            try:
+                facts = checkpoint_facts.read(storage.join(place, step))
+            except (OSError, ValueError):
+                continue
+            last = min(facts.get("max_steps") or 0, config.max_steps)
+            if facts["identity"] == identity and facts["clock"] < last:
+                found.append(Donor(storage.join(place, step), facts["clock"], name))
     return max(found, key=lambda each: each.step, default=None)
 
 
-def keep_for_others(folder: Path, config: TrainConfig) -> None:
+def keep_for_others(folder: str, config: TrainConfig) -> None:
     """Of a finished training's checkpoints under `folder`, keeps what a longer one could go on from: the newest before the last."""
     if not is_open_ended(config):
-        shutil.rmtree(folder, ignore_errors=True)
+        storage.remove_tree(folder)
         return
-    steps = sorted(folder.glob("step_*"))
-    earlier = [step for step in steps if step.name < f"step_{config.max_steps:08d}"]
-    (folder / "LATEST").unlink(missing_ok=True)
-    for step in set(steps) - set(earlier[-1:]):
-        shutil.rmtree(step)
+    steps = [name for name in storage.list_folders(folder) if name.startswith("step_")]
+    earlier = [name for name in steps if name < f"step_{config.max_steps:08d}"]
+    storage.remove(storage.join(folder, "LATEST"))
+    for name in set(steps) - set(earlier[-1:]):
+        storage.remove_tree(storage.join(folder, name))
 
 
-def adopt(given: Donor, folder: Path) -> None:
-    """A copy of the donor's checkpoint under `folder`, where this training looks for its own."""
-    draft = folder / f".tmp-{given.path.name}"
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(given.path, draft)
-    draft.rename(folder / given.path.name)
+def adopt(given: Donor, folder: str) -> None:
+    """A copy of the donor's checkpoint under `folder`, where this training looks for its own; what makes it one comes last."""
+    target = storage.join(folder, given.path.rsplit("/", 1)[1])
+    names = [name for name in storage.list_files(given.path) if name != checkpoint_facts.FILE]
+    for name in [*names, checkpoint_facts.FILE]:
+        storage.copy(storage.join(given.path, name), storage.join(target, name))

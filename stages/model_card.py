@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from data import storage
 from data.config import result_fields
 from stages.contract import Inputs
+from training.sinks import rows_at
 from training.systems.system import TrainConfig
 
 NAME = "README.md"
@@ -17,11 +17,12 @@ NAME = "README.md"
 
 
 def write(
-    folder: Path, name: str, fingerprint: str, config: TrainConfig, inputs: Inputs, facts: dict[str, Any]
+    folder: str, name: str, fingerprint: str, config: TrainConfig, inputs: Inputs, facts: dict[str, Any]
 ) -> None:
     """Writes the card of the weights that lie in `folder`, from `_meta/metrics.parquet` and what is given."""
-    rows = pq.read_table(folder / "_meta" / "metrics.parquet").to_pylist()
-    (folder / NAME).write_text(
+    rows = rows_at(storage.join(folder, "_meta", "metrics.parquet"))
+    storage.write_bytes(
+        storage.join(folder, NAME),
         "\n\n".join(
             [
                 f"# {name} {fingerprint}",
@@ -31,11 +32,11 @@ def write(
                 "## Data\n\n" + _table(_data(inputs)),
                 f"## Recipe\n\n```json\n{json.dumps(result_fields(config), indent=1)}\n```\n",
             ]
-        )
+        ).encode(),
     )
 
 
-def cost(rows: list[dict[str, Any]]) -> dict[str, float]:
+def cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Wall seconds and device seconds of the steps that count, whatever was interrupted between them."""
     wall = device = 0.0
     before = 0
@@ -47,7 +48,9 @@ def cost(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"wall_seconds": wall, "device_seconds": device}
 
 
-def _training(config: TrainConfig, facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, object]:
+def _training(
+    config: TrainConfig, facts: dict[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, object]:
     spent = cost(rows)
     hardware = dict.fromkeys(f"{row['devices']} × {row['device']}" for row in rows)
     return {

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
-from data.manifest import START, FileRecord, Snapshot, file_record, load_snapshot
-from stages import cluster, logs, model_card
+from data.manifest import START, Snapshot, load_snapshot
+from stages import cluster, logs, model_card, publishing
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit
 from training import checkpoint_facts, sinks
+from training.checkpoint_places import place_of
 from training.systems import clip, denoiser, prior, vae
 from training.systems.system import TrainConfig
 
@@ -66,18 +64,16 @@ def run(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace) ->
     config = config.model_copy(update={"num_workers": _workers(config)})
     refuse_impossible(name, config)
     _refuse_misfit(name, config, inputs)
-    folder = storage.local_path(workspace.folder)
+    checkpoints = storage.join(workspace.folder, "checkpoints")
     identity = trajectory(
         name, STAGES[name].version, config, {role: snapshot.digest for role, snapshot in inputs.items()}
     )
-    _settle_checkpoints(folder / "checkpoints", config, workspace, identity)
+    _settle_checkpoints(checkpoints, config, workspace, identity)
     _fit(name, config, inputs, workspace, identity)
-    facts = json.loads((folder / "_meta" / "facts.json").read_text())
-    model_card.write(folder, name, workspace.fingerprint, config, inputs, facts)
-    snapshot = commit(
-        STAGES[name], config, inputs, workspace, started=started, files=_published(folder), facts=facts
-    )
-    keep_for_others(folder / "checkpoints", config)
+    facts, files = publishing.noted(workspace.folder)
+    model_card.write(workspace.folder, name, workspace.fingerprint, config, inputs, facts)
+    snapshot = commit(STAGES[name], config, inputs, workspace, started=started, files=files, facts=facts)
+    keep_for_others(checkpoints, config)
     return snapshot
 
 
@@ -97,13 +93,14 @@ def _read_from(inputs: Inputs) -> Inputs:
     return {role: snapshot for role, snapshot in inputs.items() if role != START}
 
 
-def _settle_checkpoints(folder: Path, config: TrainConfig, workspace: Workspace, identity: str) -> None:
+def _settle_checkpoints(folder: str, config: TrainConfig, workspace: Workspace, identity: str) -> None:
     """Leaves under `folder` what this training may resume from. Raises UserError for a checkpoint of another one."""
     if load_snapshot(workspace.folder, workspace.fingerprint):
-        shutil.rmtree(folder, ignore_errors=True)  # made before, from what its inputs held then
-    for path in sorted(folder.glob("step_*"), reverse=True):
+        storage.remove_tree(folder)  # made before, from what its inputs held then
+    place = place_of(folder)
+    for name in place.names():
         try:
-            checkpoint_facts.refuse_another(path, checkpoint_facts.read(path), identity)
+            checkpoint_facts.refuse_another(storage.join(folder, name), place.read(name), identity)
             return
         except OSError:
             continue
@@ -177,8 +174,8 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
 
     from stages import train_worker  # which imports the loop and its checkpoints
 
-    records = storage.local_path(workspace.folder).resolve() / "_meta" / "ray"
-    shutil.rmtree(records, ignore_errors=True)  # Ray refuses to go on from a truncated record of its own
+    records = storage.join(workspace.folder, "_meta", "ray")
+    storage.remove_tree(records)  # Ray refuses to go on from a truncated record of its own
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # no worker's node
     trainer = TorchTrainer(
@@ -202,12 +199,12 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
         ),
         run_config=RunConfig(
             name=f"{name}-{time.time_ns():x}",  # Ray's own record of a run is never resumed from: ours is
-            storage_path=str(records),
+            **_ray_storage(records),
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
     )
     _watch(trainer.fit, board, config, workspace)
-    shutil.rmtree(records, ignore_errors=True)
+    storage.remove_tree(records)
 
 
 def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: Workspace) -> None:
@@ -254,10 +251,14 @@ def _root_cause(error: BaseException) -> BaseException:
     return StageFailed(f"training failed: {type(inner).__name__}: {lines[-1]}")
 
 
-def _published(folder: Path) -> tuple[FileRecord, ...]:
-    hidden = {"_meta", "checkpoints", model_card.NAME}
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    return tuple(file_record(str(folder), p.as_posix()) for p in paths if p.parts[0] not in hidden)
+def _ray_storage(url: str) -> dict[str, Any]:
+    """How Ray Train is told to keep its own record of a run at `url`."""
+    if storage.is_local(url):
+        return {"storage_path": str(storage.local_path(url).resolve())}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem_of(url)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
 STAGES = {name: training_stage(name) for name in FIT}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,10 @@ from data.ahead import prefetch
 from data.config import result_fields
 from data.loader import ColumnSet, batches, held_out_batches, key_at
 from data.manifest import Snapshot
-from stages import logs, telemetry
+from stages import logs, publishing, telemetry
 from training import beginning, distributed, loop
 from training.checkpoint import TrainState
+from training.pretrained import local_folder
 from training.sinks import Sinks
 from training.systems.system import Batch, Trainable, TrainConfig
 
@@ -32,7 +32,7 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def _train(spec: dict[str, Any]) -> None:
-    folder, config = storage.local_path(spec["folder"]), spec["config"]
+    config = spec["config"]
     everything = ColumnSet(
         [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
     )
@@ -43,7 +43,7 @@ def _train(spec: dict[str, Any]) -> None:
         trainable,
         lambda step: _batches(trainable, columns, config, step),
         config,
-        folder / "checkpoints",
+        storage.join(spec["folder"], "checkpoints"),
         identity=spec["identity"],
         report=report,
         key_of=lambda position: key_at(columns, config.seed, position),
@@ -52,9 +52,11 @@ def _train(spec: dict[str, Any]) -> None:
         begin=_beginning(spec),
     )
     close()
-    facts = loop.publish(trainable, state, folder)
-    if distributed.rank() == 0:
-        _publish_facts(folder, state, config, facts)
+    with publishing.publishing(spec["folder"]) as folder:
+        facts = loop.publish(trainable, state, folder)
+        if distributed.rank() == 0:
+            _write_curve(folder, state)
+            publishing.publish(folder, spec["folder"], _facts(state, config, facts))
     distributed.barrier()
 
 
@@ -77,7 +79,7 @@ def _beginning(spec: dict[str, Any]) -> Callable[[torch.nn.Module], None]:
     """What gives fresh weights the values that `spec` names; nothing where it names none."""
     if spec["start"] is None:
         return lambda _: None
-    folder = storage.local_path(spec["start"]) / beginning.FOLDERS[spec["name"]]
+    folder = (local_folder(spec["start"]) or Path(spec["start"])) / beginning.FOLDERS[spec["name"]]
     return lambda model: beginning.begin_with(model, folder)
 
 
@@ -100,7 +102,7 @@ def _reports(spec: dict[str, Any]) -> tuple[Callable[[loop.Row], None], Callable
     """What takes each row of the training, and what closes the sinks behind it."""
     board, config = spec["board"], spec["config"]
     kept = Sinks(
-        storage.local_path(spec["folder"]) / "_meta",
+        storage.join(spec["folder"], "_meta"),
         config.log_to,
         run=spec["run"],
         config=result_fields(config),
@@ -142,13 +144,12 @@ def _device_name() -> str:
     return f"CPU {model or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _publish_facts(folder: Path, state: TrainState, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """The curve, which has no times since its digest is part of what comes after, and what the snapshot says."""
-    curve = state.curve or []
-    pq.write_table(pa.Table.from_pylist(curve), folder / "curve.parquet")
-    facts = {
-        **facts,
-        "max_steps": config.max_steps,
-        "final_loss": curve[-1]["loss"] if curve else None,
-    }
-    storage.write_bytes(str(folder / "_meta" / "facts.json"), json.dumps(facts).encode())
+def _write_curve(folder: Path, state: TrainState) -> None:
+    """The curve, which has no times since its digest is part of what comes after."""
+    pq.write_table(pa.Table.from_pylist(state.curve or []), folder / "curve.parquet")
+
+
+def _facts(state: TrainState, config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the snapshot says."""
+    last = state.curve[-1]["loss"] if state.curve else None
+    return {**facts, "max_steps": config.max_steps, "final_loss": last}

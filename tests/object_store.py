@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ class ObjectStore:
     """An S3 server that forgets everything at the end; `lag`: seconds until listings show what was written."""
 
     def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self.lag = 0.0
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._turn = threading.Lock()

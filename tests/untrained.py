@@ -5,7 +5,7 @@ Its store is what `darkroom run demo` with `SETTINGS` would leave, so that every
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data import storage
 from data.loader import ColumnSet
 from data.manifest import START, Snapshot
 from flows import runs
@@ -22,7 +23,7 @@ from flows.comparing import baselines_of
 from flows.graph import unclip_nodes
 from flows.plan import Plan, PlannedStage, make_plan
 from flows.recipes import demo, edited
-from stages import embed, encode, evaluate, generate, shard, train
+from stages import embed, encode, evaluate, generate, publishing, shard, train
 from stages.catalogue import STAGES
 from stages.contract import Workspace, commit
 from stages.fanout import ShardTask
@@ -72,7 +73,8 @@ def plan_of(root: Path | str, **changes: Any) -> Plan:
 def make(plan: Plan, stage: PlannedStage) -> Snapshot:
     """Runs one stage here; a training stage publishes its networks as they are initialised."""
     spec = runs.spec_of(plan, stage)
-    Path(stage.folder).mkdir(parents=True, exist_ok=True)
+    if storage.is_local(stage.folder):
+        Path(stage.folder).mkdir(parents=True, exist_ok=True)
     inputs = {role: ref.open() for role, ref in spec.inputs.items()}
     config = STAGES[stage.name].config.model_validate(spec.config)
     workspace = Workspace(stage.folder, stage.fingerprint)
@@ -95,10 +97,12 @@ def finish(plan: Plan) -> dict[str, Any]:
 
 def _untrained(name: str, config: Any, inputs: Mapping[str, Snapshot], workspace: Workspace) -> Snapshot:
     torch.manual_seed(0)
-    folder = Path(workspace.folder)
     trainable = train.FIT[name](config, ColumnSet([s for role, s in inputs.items() if role != START]))
-    facts = trainable.publish(trainable.build().eval(), folder)
-    pq.write_table(pa.table({"step": [1], "loss": [1.0]}), folder / "curve.parquet")
-    assert json.dumps(facts)
-    files = train._published(folder)
-    return commit(train.STAGES[name], config, inputs, workspace, started=0.0, files=files, facts=facts)
+    with publishing.publishing(workspace.folder) as folder:
+        facts = trainable.publish(trainable.build().eval(), folder)
+        pq.write_table(pa.table({"step": [1], "loss": [1.0]}), folder / "curve.parquet")
+        publishing.publish(folder, workspace.folder, facts)
+    facts, files = publishing.noted(workspace.folder)
+    return commit(
+        train.STAGES[name], config, inputs, workspace, started=time.monotonic(), files=files, facts=facts
+    )

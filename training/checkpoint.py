@@ -1,8 +1,9 @@
-"""Training state on disk: sharded tensors in safetensors, the rest in JSON; a checkpoint exists once its folder has its final name.
+"""Training state on disk: sharded tensors in safetensors, the rest in JSON; a checkpoint exists once all of it is there.
 
 checkpoints/step_00000200/    shard-0000R-….safetensors (one per rank that had something to write)  state.json
 checkpoints/LATEST            a hint; the newest folder that verifies is what counts
 
+They lie in a folder or under a URL (`checkpoint_places`).
 Tensors carry the names model/…, ema/… and optimizer/…/slot and their place in the whole, so that any number of ranks
 reads what any other number wrote. Written by `torch.distributed.checkpoint`, through its safetensors storage: its own
 file system storage pickles the index.
@@ -10,13 +11,10 @@ file system storage pickles the index.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import shutil
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +37,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from data import storage
+from data.errors import CorruptArtifact
 from training import checkpoint_facts, distributed
+from training.checkpoint_places import Place, place_of, sha256
 from training.ema import Ema
 
 log = logging.getLogger("darkroom.checkpoint")
@@ -73,9 +74,10 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, identity: str, *, keep: int = KEEP, max_steps: int | None = None
+        self, folder: Path | str, identity: str, *, keep: int = KEEP, max_steps: int | None = None
     ) -> None:
         self.folder, self.identity, self.keep, self.max_steps = folder, identity, keep, max_steps
+        self._place = place_of(folder)
         is_cuda = distributed.device().type == "cuda"
         self._stager = DefaultStager(StagingOptions(is_cuda, False, False, is_cuda))
         self._group = dist.new_group(backend="gloo", timeout=DEADLINE) if dist.is_initialized() else None
@@ -137,24 +139,30 @@ class Saver:
             self._failure = _cause(error)
 
     def _write(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        target = self.folder / f"step_{facts['clock']:08d}"
-        staging = target.with_name(f".tmp-{target.name}")
-        self._on_first_rank(lambda: _cleared(self.folder, staging))
-        _write_tensors(tensors, staging, self._group)
-        mine = sorted(staging.glob(f"shard-{distributed.rank() + 1:05d}-*"))
-        digests = self._gathered({path.name: _sha256(path) for path in mine})
-        facts["sha256"] = {name: digest for found in digests for name, digest in found.items()}
-        self._on_first_rank(lambda: _commit(target, staging, facts, self.keep))
+        place, name = self._place, f"step_{facts['clock']:08d}"
+        self._on_first_rank(lambda: place.begin(name))
+        draft = place.draft(name)
+        _write_tensors(tensors, draft, self._group)
+        mine = sorted(draft.glob(f"shard-{distributed.rank() + 1:05d}-*"))
+        written = {path.name: (sha256(path), path.stat().st_size) for path in mine}
+        self._on_every_rank(lambda: place.keep(name, draft, mine))
+        everything = {file: found for part in self._gathered(written) for file, found in part.items()}
+        facts["sha256"] = {file: digest for file, (digest, _) in everything.items()}
+        facts["bytes"] = {file: size for file, (_, size) in everything.items()}
+        self._on_first_rank(lambda: place.commit(name, facts, self.keep))
 
-    def _on_first_rank(self, action: Any) -> None:
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Rank 0 does it, and all go on when it is done, or raise what it raised."""
+        self._on_every_rank(action if distributed.rank() == 0 else lambda: None)
+
+    def _on_every_rank(self, action: Callable[[], None]) -> None:
+        """Every rank does it, and all go on when all have done it, or raise what the first of them raised."""
         failure: Exception | None = None
-        if distributed.rank() == 0:
-            try:
-                action()
-            except Exception as error:
-                failure = error
-        if failure := self._gathered(failure)[0]:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+        if failure := next(filter(None, self._gathered(failure)), None):
             raise failure
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -165,25 +173,24 @@ class Saver:
         return values
 
 
-def save(folder: Path, state: TrainState, identity: str, *, keep: int = KEEP) -> None:
+def save(folder: Path | str, state: TrainState, identity: str, *, keep: int = KEEP) -> None:
     """One checkpoint of `state`, on disk when this returns. Collective."""
     with Saver(folder, identity, keep=keep) as saver:
         saver.save(state)
 
 
-def restore(folder: Path, state: TrainState, identity: str) -> bool:
+def restore(folder: Path | str, state: TrainState, identity: str) -> bool:
     """Loads the newest checkpoint under `folder` that verifies; returns whether there was one. Collective.
 
     A damaged checkpoint is passed over with a warning; one of another `identity` (model, data or config) is an error.
     """
-    names = distributed.gathered([path.name for path in sorted(folder.glob("step_*"), reverse=True)])[0]
-    for candidate in (folder / name for name in names):
-        facts = _verified(candidate)
-        if facts is None:
-            continue
-        checkpoint_facts.refuse_another(candidate, facts, identity)
-        _load(candidate, state, facts)
-        return True
+    place = place_of(folder)
+    for name in distributed.gathered(place.names())[0]:
+        if opened := _opened(place, name):
+            facts, tensors = opened
+            checkpoint_facts.refuse_another(storage.join(str(folder), name), facts, identity)
+            _load(tensors, state, facts)
+            return True
     return False
 
 
@@ -232,62 +239,24 @@ def _write_tensors(tensors: dict[str, Tensor], staging: Path, group: dist.Proces
     dcp.save(tensors, storage_writer=writer, process_group=group)
 
 
-def _commit(target: Path, staging: Path, facts: dict[str, Any], keep: int) -> None:
-    (staging / "state.json").write_text(json.dumps({**facts, "digest": checkpoint_facts.digest(facts)}))
-    _sync(staging)
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
-    pointer = target.with_name(".tmp-LATEST")
-    pointer.write_text(target.name)
-    pointer.replace(target.with_name("LATEST"))
-    _prune(target, keep)
-
-
-def _cleared(folder: Path, staging: Path) -> None:
-    """An empty `staging` under `folder`, and nothing else that a killed writer left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    staging.mkdir()
-
-
-def _prune(newest: Path, keep: int) -> None:
-    steps = sorted(newest.parent.glob("step_*"))
-    kept = {step for step in steps if step.name <= newest.name}  # newer ones were passed over as damaged
-    scores = {step: loss for step in kept if (loss := _score(step)) is not None}
-    best = min(scores, key=lambda step: (scores[step], step.name), default=newest)
-    kept = {*sorted(kept)[-keep:], best}
-    for step in set(steps) - kept:
-        shutil.rmtree(step, ignore_errors=True)
-
-
-def _score(candidate: Path) -> float | None:
-    try:
-        return checkpoint_facts.read(candidate)["validation_loss"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def _validation_loss(curve: list[dict[str, Any]] | None) -> float | None:
     """The newest one that the curve holds."""
     losses = [row.get("validation_loss") for row in curve or []]
     return next((loss for loss in reversed(losses) if loss is not None), None)
 
 
-def _verified(candidate: Path) -> dict[str, Any] | None:
-    """The facts of a whole checkpoint; None, with a warning, for a damaged one. Each rank reads its share of the files."""
-    facts, problem = None, ""
+def _opened(place: Place, name: str) -> tuple[dict[str, Any], Path] | None:
+    """The facts of a whole checkpoint, and where its tensors lie; None, with a warning, for a damaged one. Collective."""
+    facts, tensors, problem = {}, Path(), ""
     try:
-        facts = checkpoint_facts.read(candidate)
-        files = sorted(facts["sha256"].items())[distributed.rank() :: distributed.world_size()]
-        if damaged := [name for name, digest in files if _sha256(candidate / name) != digest]:
-            problem = f"{', '.join(damaged)} changed on disk"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        facts = place.read(name)
+        tensors = place.open(name, facts)
+    except (OSError, ValueError, KeyError, AttributeError, CorruptArtifact) as error:
         problem = str(error) or type(error).__name__
     problems = [found for found in distributed.gathered(problem) if found]
     if problems and distributed.rank() == 0:
-        log.warning("passing over damaged checkpoint %s: %s", candidate.name, problems[0])
-    return None if problems else facts
+        log.warning("passing over damaged checkpoint %s: %s", name, problems[0])
+    return None if problems else (facts, tensors)
 
 
 def _cause(error: BaseException) -> Exception:
@@ -298,17 +267,3 @@ def _cause(error: BaseException) -> Exception:
         return named or next(iter(causes), RuntimeError(str(error)))
     assert isinstance(error, Exception)
     return error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

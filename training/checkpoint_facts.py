@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data import storage
 
-def refuse_another(candidate: Path, facts: dict[str, Any], identity: str) -> None:
+FILE = "state.json"
+
+
+def refuse_another(candidate: Path | str, facts: dict[str, Any], identity: str) -> None:
     """Raises ValueError when the checkpoint `candidate` with these `facts` is not of `identity`."""
     if facts["identity"] != identity:
         raise ValueError(
@@ -16,12 +20,17 @@ def refuse_another(candidate: Path, facts: dict[str, Any], identity: str) -> Non
         )
 
 
-def read(candidate: Path) -> dict[str, Any]:
+def read(candidate: Path | str) -> dict[str, Any]:
     """What `state.json` of a checkpoint says; raises ValueError or OSError when it is not whole."""
-    facts = json.loads((candidate / "state.json").read_text())
+    facts = json.loads(storage.read_bytes(storage.join(str(candidate), FILE)))
     if not isinstance(facts, dict) or facts.pop("digest", None) != digest(facts):
-        raise ValueError("state.json changed on disk")
+        raise ValueError(f"{FILE} changed on disk")
     return facts
+
+
+def payload(facts: dict[str, Any]) -> bytes:
+    """What `read` reads."""
+    return json.dumps({**facts, "digest": digest(facts)}).encode()
 
 
 def digest(facts: dict[str, Any]) -> str:

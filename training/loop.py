@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from data import storage
 from training import checkpoint, distributed, execution, flops, optim, samples, spikes, validation
 from training.checkpoint import TrainState
 from training.ema import Ema
@@ -34,7 +35,7 @@ def train(
     trainable: Trainable,
     batches: Batches,
     config: TrainConfig,
-    folder: Path,
+    folder: Path | str,
     *,
     identity: str,
     report: Callable[[Row], None] = lambda _: None,
@@ -91,9 +92,9 @@ def _run(
             since, row = window.rows_end, window.close(state)
             if held_out is not None and validation.is_due(since, state.clock, config):
                 loss = validation.validation_loss(trainable, state, config, held_out)
-                samples.write_samples(
-                    trainable, state, config, held_out, saver.folder.with_name("_meta") / "samples"
-                )
+                beside = str(saver.folder).rsplit("/", 1)[0]
+                pictures = storage.join(beside, "_meta", "samples")
+                samples.write_samples(trainable, state, config, held_out, pictures)
                 row |= window.validated(loss)
             report(row)
             is_leaving = any(distributed.gathered(preempted()))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from data import storage
 from data.errors import UserError
+from data.manifest import snapshots
+from data.shard_cache import ShardCache
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {
@@ -44,9 +46,20 @@ TEXT_AND_PICTURE_FILES = frozenset(
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder that `source` names, None for a hub name."""
+    """The folder that `source` names, None for a hub name; of an artifact in an object store, a copy on this machine."""
+    if not storage.is_local(source):
+        return _fetched(source)
     path = Path(source.removeprefix("file://")).expanduser()
     return path if path.is_dir() else None
+
+
+def _fetched(url: str) -> Path:
+    made = max(snapshots(url), key=lambda snapshot: snapshot.created, default=None)
+    if made is None:
+        raise UserError(
+            f"{url} holds no weights that a stage published: give such an artifact, or a folder here"
+        )
+    return ShardCache.of_environment().fetched(url, made.files)
 
 
 def vae_folder(source: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from data import storage
 from training import distributed, execution
 from training.checkpoint import TrainState
 from training.randomness import Draws
@@ -32,7 +33,7 @@ class Pictures(Protocol):
 
 @torch.no_grad()
 def write_samples(
-    trainable: Trainable, state: TrainState, config: TrainConfig, held_out: HeldOut, folder: Path
+    trainable: Trainable, state: TrainState, config: TrainConfig, held_out: HeldOut, folder: str
 ) -> None:
     """Writes `folder`/step_XXXXXXXX.png (rank 0) where the trainable is one of `Pictures`. Collective."""
     first = next(iter(held_out()), None)
@@ -47,8 +48,9 @@ def write_samples(
         return
     factor = -(-SMALLEST_SIDE // pictures.shape[-1])
     pictures = pictures.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(pictures).numpy()).save(folder / f"step_{state.clock:08d}.png")
+    buffer = io.BytesIO()
+    Image.fromarray(grid(pictures).numpy()).save(buffer, "PNG")
+    storage.write_bytes(storage.join(folder, f"step_{state.clock:08d}.png"), buffer.getvalue())
 
 
 def grid(pictures: Tensor) -> Tensor:

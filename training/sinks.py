@@ -6,6 +6,8 @@ A row is a flat dict with `step`; its numbers are the metrics. Only rank 0 has s
 from __future__ import annotations
 
 import importlib.util
+import io
+import tempfile
 import time
 from collections.abc import Mapping
 from numbers import Real
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import storage
 from data.errors import UserError
 
 Row = Mapping[str, Any]
@@ -37,9 +40,9 @@ class ParquetSink:
 
     WRITE_EVERY = 50
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.parquet"
-        self.rows: list[Row] = pq.read_table(self.path).to_pylist() if self.path.is_file() else []
+    def __init__(self, folder: str) -> None:
+        self.path = storage.join(folder, "metrics.parquet")
+        self.rows: list[Row] = rows_at(self.path)
 
     def write(self, row: Row) -> None:
         """Keeps the row; every fiftieth brings all of them to disk."""
@@ -53,16 +56,21 @@ class ParquetSink:
             return
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         columns = {name: [row.get(name) for row in self.rows] for name in names}
-        draft = self.path.with_name(f".tmp-{self.path.name}")
-        pq.write_table(pa.table(columns), draft)
-        draft.replace(self.path)
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        storage.write_bytes(self.path, buffer.getvalue())
 
 
 class TensorBoardSink:
-    """An event file under `tensorboard/`; steps that an earlier, killed process wrote beyond the first row are purged."""
+    """An event file under `tensorboard/`; steps that an earlier, killed process wrote beyond the first row are purged.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.writer = folder / "tensorboard", None
+    An object store gets it when the sink is closed, since no file grows there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.url, self.writer = storage.join(folder, "tensorboard"), None
+        is_local = storage.is_local(folder)
+        self.folder = storage.local_path(self.url) if is_local else Path(tempfile.mkdtemp(prefix="darkroom-"))
 
     def write(self, row: Row) -> None:
         """One scalar per metric."""
@@ -80,16 +88,21 @@ class TensorBoardSink:
         """Flushes the file."""
         if self.writer is not None:
             self.writer.close()
+        if not storage.is_local(self.url):
+            for path in self.folder.iterdir():
+                storage.publish_file(path, storage.join(self.url, path.name))
+            self.folder.rmdir()
 
 
 class WandbSink:
     """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables."""
 
-    def __init__(self, folder: Path, run: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, run: str, config: Mapping[str, Any]) -> None:
         import wandb
 
+        here = folder if storage.is_local(folder) else tempfile.gettempdir()
         self.run = wandb.init(
-            project="darkroom", id=run, name=run, dir=str(folder), config=dict(config), resume="allow"
+            project="darkroom", id=run, name=run, dir=here, config=dict(config), resume="allow"
         )
 
     def write(self, row: Row) -> None:
@@ -126,8 +139,9 @@ class MlflowSink:
 class Sinks:
     """Every sink of one training; `folder` takes the files of those that write any, `services` is `TrainConfig.log_to`."""
 
-    def __init__(self, folder: Path, services: str = "", *, run: str = "", config: Row | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: str, services: str = "", *, run: str = "", config: Row | None = None) -> None:
+        if storage.is_local(folder):
+            storage.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.sinks: list[Sink] = [ParquetSink(folder), TensorBoardSink(folder)]
         if "wandb" in services.split(","):
             self.sinks.append(WandbSink(folder, run, config or {}))
@@ -143,6 +157,11 @@ class Sinks:
         """Closes every sink."""
         for sink in self.sinks:
             sink.close()
+
+
+def rows_at(url: str) -> list[Row]:
+    """What a `metrics.parquet` holds; nothing where there is none."""
+    return pq.read_table(io.BytesIO(storage.read_bytes(url))).to_pylist() if storage.exists(url) else []
 
 
 def require(services: str, setting: str) -> None:

@@ -46,8 +46,7 @@ def test_extended_is_as_if_it_had_been_long_from_the_start(tmp_path: Path) -> No
     _train(tmp_path / "short", SHORT)
     given = continuation.donor(str(tmp_path / "long"), LONG, _identity(LONG))
     assert given is not None and (given.step, given.artifact) == (30, "short")
-    (tmp_path / "long" / "checkpoints").mkdir(parents=True)
-    continuation.adopt(given, tmp_path / "long" / "checkpoints")
+    continuation.adopt(given, str(tmp_path / "long" / "checkpoints"))
     seen = Regression()
     extended, unbroken = _train(tmp_path / "long", LONG, seen), _train(tmp_path / "unbroken", LONG)
     assert len(seen.seen) == 40 and _equal(_weights(extended), _weights(unbroken))
@@ -92,5 +91,5 @@ def test_a_finished_training_keeps_one_checkpoint_to_go_on_from_or_none(tmp_path
         config = SHORT.model_copy(update={"schedule": schedule})
         _train(tmp_path / schedule, config)
         folder = tmp_path / schedule / "checkpoints"
-        continuation.keep_for_others(folder, config)
+        continuation.keep_for_others(str(folder), config)
         assert [path.name for path in folder.glob("step_*")] == kept

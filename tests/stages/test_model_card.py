@@ -46,5 +46,5 @@ def test_the_card_says_what_made_the_weights(tmp_path: Path, line: str) -> None:
     shard = ShardRecord(index=0, samples=90, keys="", files=(), ledger=Ledger(written=90))
     inputs = {"data": Snapshot(stage="shard", version=1, fingerprint="f00", config={}, shards=(shard,))}
     config = VaeConfig(max_steps=40, seed=7, learning_rate=0.5)
-    model_card.write(tmp_path, "vae", "abc", config, inputs, {"final_loss": 0.25})
+    model_card.write(str(tmp_path), "vae", "abc", config, inputs, {"final_loss": 0.25})
     assert line in (tmp_path / model_card.NAME).read_text()

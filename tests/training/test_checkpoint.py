@@ -74,7 +74,7 @@ def _batches(first_step: int) -> Iterator[Batch]:
         first_step += 1
 
 
-def _run(folder: Path, until: int, config: TrainConfig = CONFIG, identity: str = "one") -> TrainState:
+def _run(folder: Path | str, until: int, config: TrainConfig = CONFIG, identity: str = "one") -> TrainState:
     """Trains like `loop.train` under `config`, but ends after step `until` with a checkpoint there."""
     trainable, state = Regression(), loop.build_state(Regression(), config)
     checkpoint.restore(folder, state, identity)

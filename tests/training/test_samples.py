@@ -19,7 +19,7 @@ def _written(trainable, columns, folder: Path) -> np.ndarray | None:
     state = loop.build_state(trainable, trainable.config)
     before = [p.detach().clone() for p in state.model.parameters()]
     batch = columns.batch(trainable.columns, range(4))
-    samples.write_samples(trainable, state, trainable.config, lambda: [batch], folder)
+    samples.write_samples(trainable, state, trainable.config, lambda: [batch], str(folder))
     assert state.model.training
     assert all(torch.equal(p, q) for p, q in zip(state.model.parameters(), before, strict=True))
     path = folder / "step_00000000.png"

@@ -31,7 +31,7 @@ def _events(folder: Path) -> list[Event]:
 
 
 def test_rows_are_kept_as_columns_and_as_scalars(tmp_path: Path) -> None:
-    kept = Sinks(tmp_path)
+    kept = Sinks(str(tmp_path))
     kept.write(_row(20, 0.5, device="cpu"))
     kept.write(_row(40, 0.25, validation_loss=0.75, device="cpu"))
     kept.close()
@@ -44,11 +44,11 @@ def test_rows_are_kept_as_columns_and_as_scalars(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_made_again_replace_those_of_the_killed_process(tmp_path: Path) -> None:
-    first = Sinks(tmp_path)
+    first = Sinks(str(tmp_path))
     for step in (20, 40, 60):
         first.write(_row(step, 1.0))
     first.close()
-    second = Sinks(tmp_path)
+    second = Sinks(str(tmp_path))
     second.write(_row(40, 0.5))
     second.close()
     rows = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
@@ -58,7 +58,7 @@ def test_steps_that_are_made_again_replace_those_of_the_killed_process(tmp_path:
 
 
 def test_many_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
-    kept = Sinks(tmp_path)
+    kept = Sinks(str(tmp_path))
     for step in range(1, 52):
         kept.write(_row(step, 1.0))
     assert pq.read_table(tmp_path / "metrics.parquet").num_rows == 50

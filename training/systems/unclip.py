@@ -22,6 +22,7 @@ from training.diffusion.guidance import EVERYWHERE, guided
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Denoise, Objective, denoiser
 from training.diffusion.sampling import SAMPLERS, dpm_solver, sample
 from training.encoders import ClipEncoder, VaeEncoder
+from training.pretrained import local_folder
 from training.randomness import Draws
 from training.systems import denoiser as denoiser_system
 from training.systems import prior as prior_system
@@ -100,13 +101,14 @@ class Unclip:
         from diffusers import PriorTransformer, UNet2DConditionModel
         from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
+        prior, denoiser = (local_folder(str(folder)) or Path(folder) for folder in (prior, denoiser))
         normalizer = _published(StableUnCLIPImageNormalizer, denoiser, "image_normalizer")
         return cls(
             clip=ClipEncoder.load(clip, device),
             vae=VaeEncoder.load(vae, device),
             prior=_frozen(_published(PriorTransformer, prior, "prior"), device),
             unet=_frozen(_published(UNet2DConditionModel, denoiser, "unet"), device),
-            objective=_objective(Path(denoiser) / "scheduler"),
+            objective=_objective(denoiser / "scheduler"),
             mean=normalizer.mean.detach().to(device),
             std=normalizer.std.detach().to(device),
         )
@@ -205,8 +207,8 @@ def slerp(start: Tensor, end: Tensor, fractions: Tensor) -> Tensor:
     return weights @ torch.stack([start, end])
 
 
-def _published(kind: Any, folder: str | Path, part: str) -> Any:
-    if not (Path(folder) / part / "config.json").is_file():
+def _published(kind: Any, folder: Path, part: str) -> Any:
+    if not (folder / part / "config.json").is_file():
         raise UserError(
             f"{folder} has no {part}/config.json: give the folder that the training stage published"
         )
