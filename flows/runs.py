@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
         folder=stage.folder,
         fingerprint=stage.fingerprint,
         fanout=plan.recipe.fanout,
+        jobs=plan.recipe.jobs,
         version=stage.node.stage.version,
         run=plan.run,
     )
@@ -209,13 +211,15 @@ def run_stages(
         bars = stack.enter_context(console.Bars())
         stack.callback(embedded_prefect.stop, home)
         stack.enter_context(logs.at(run=plan.run))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a flow that surrounds this has its own
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         stack.callback(WATCH.reset, WATCH.set(_watching(bars)))
         stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
         try:
             _start_both(stack, home, address, verbose=verbose)
-            jobs = plan.recipe.jobs.model_dump(mode="json")
-            results = pipeline(plan.run, specs, address=address, jobs=jobs, verbose=verbose)
+            results = pipeline(plan.run, specs, address=address, verbose=verbose)
         except Exception as error:
             if error in failures or isinstance(error, DarkroomError):
                 raise

@@ -14,11 +14,12 @@ from typing import Any
 
 from data.errors import UserError
 
+_HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    _HIDES_GPUS: "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_worker_niceness": "0",
@@ -151,6 +152,6 @@ def _answers(head: str) -> bool:
 
 def _runtime() -> dict:
     checkout = str(Path(__file__).resolve().parent.parent)
-    return {
-        "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))}
-    }
+    path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+    # Of another one's cluster, workers have none of our environment; an actor without a GPU would see all of its node's.
+    return {"env_vars": {"PYTHONPATH": path, _HIDES_GPUS: "1"}}

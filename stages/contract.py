@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -12,6 +12,11 @@ from data import manifest, storage
 from data.config import Config, operational, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot
+
+STOP_SECONDS = 60
+"""Between the SIGTERM of a job and its SIGKILL. Ray's default is 3."""
+STOPPING_SECONDS = 45.0
+"""How long a stage that is told to stop may take to keep what it has begun: what leaves time to end."""
 
 Inputs = Mapping[str, Snapshot]
 """role -> snapshot, as the plan wired them: {"data": …, "clip": …}."""
@@ -30,6 +35,22 @@ class FanoutConfig(Config):
     stall_seconds: float = operational(1800.0, gt=0, description="fail when no shard finishes for this long")
     lease_seconds: float = operational(
         86_400.0, gt=0, description="wait this long for another run that builds the same artifact, then fail"
+    )
+
+
+class JobsConfig(Config):
+    """How stages run as jobs of the cluster that `--address http://…` names; no part of any result."""
+
+    python: str = operational("python", description="the interpreter, where the cluster runs a job")
+    working_dir: str | None = operational(
+        None, description="folder whose code is sent to the cluster; none: Darkroom is installed there"
+    )
+    driver_cpus: float = operational(
+        0.0, ge=0, description="CPUs held by the process that drives a stage; with 0 it runs on the head"
+    )
+    start_seconds: float = operational(300.0, gt=0, description="give up a job that has not begun by then")
+    silence_seconds: float = operational(
+        60.0, gt=0, description="give up when the cluster has not answered for this long"
     )
 
 
@@ -53,6 +74,11 @@ class Workspace:
     """Names the snapshot to commit."""
     fanout: FanoutConfig = field(default_factory=FanoutConfig)
     progress: Progress = silent
+
+    @property
+    def without_gpus(self) -> Workspace:
+        """The same for actors that run no network, and hold no GPU that another could use."""
+        return replace(self, fanout=self.fanout.model_copy(update={"num_gpus": 0.0}))
 
 
 class InputRef(Config):
@@ -86,15 +112,28 @@ class StageSpec(Config):
     folder: str
     fingerprint: str
     fanout: FanoutConfig = FanoutConfig()
+    jobs: JobsConfig = JobsConfig()
     version: int | None = None
     """The stage's version where the plan was made; None: whatever it is where it runs."""
     run: str = ""
     """The run that asks for it: what logs and figures are named by."""
 
+    def made(self) -> Snapshot | None:
+        """The snapshot that this names, if it is in the store and of what its inputs hold now."""
+        snapshot = manifest.load_snapshot(self.folder, self.fingerprint)
+        if snapshot is None:
+            return None
+        parents = {role: parent.digest for role, parent in snapshot.parents.items()}
+        return snapshot if parents == {role: ref.open().digest for role, ref in self.inputs.items()} else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of a pipeline. `run` may be killed at any time and run again; it commits its snapshot last."""
+    """A step of a pipeline. `run` may be killed at any time and run again; it commits its snapshot last.
+
+    Told to stop by an exception that is no `Exception` (KeyboardInterrupt, and what others make of SIGTERM), it keeps what it
+    has begun, within `STOPPING_SECONDS`, and lets the exception pass.
+    """
 
     name: str
     version: int

@@ -6,6 +6,7 @@ from; one that no longer matches is made anew. The worker count is no part of an
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import logging
@@ -19,7 +20,7 @@ from data import manifest
 from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
 from stages import cluster, logs, telemetry
-from stages.contract import FanoutConfig, Workspace
+from stages.contract import STOPPING_SECONDS, FanoutConfig, Workspace
 
 log = logging.getLogger("darkroom.shards")
 
@@ -73,6 +74,12 @@ def map_shards(
                 finished_weight += task.weight
                 pool.tell(task, record)
                 workspace.progress(finished_weight, total, "samples")
+    except Exception:
+        raise
+    except BaseException:  # told to stop: Ctrl-C, SIGTERM, a cancelled flow
+        if pool:
+            pool.finish_begun()
+        raise
     finally:
         if pool:
             pool.close()
@@ -153,6 +160,14 @@ class _Pool:
         seconds = time.monotonic() - self.began[task.index]
         telemetry.tell_shard(record, task.weight, seconds)
         log.debug("done, %d samples in %.1f s", task.weight, seconds, extra={"shard": task.index})
+
+    def finish_begun(self) -> None:
+        """Lets the shards that were begun be finished, for as long as a stop may take; no other begins."""
+        give_up = time.monotonic() + STOPPING_SECONDS
+        with contextlib.suppress(Exception):  # why one of them fails will be told when it is attempted again
+            while (self.running or self.computed or self.writing) and time.monotonic() < give_up:
+                self.waiting.clear()
+                self.collect()
 
     def close(self) -> None:
         import ray

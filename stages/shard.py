@@ -65,6 +65,7 @@ def run(config: ShardStageConfig, inputs: Inputs, workspace: Workspace) -> Snaps
     further shards in the same way, and its own shards stay as they are.
     """
     started = time.monotonic()
+    workspace = workspace.without_gpus
     source = _materialised(config.source, workspace.folder)
     extent = _extent(config, source, workspace.folder)
     tasks = _tasks(config, extent)

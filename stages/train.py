@@ -15,7 +15,7 @@ from data.manifest import START, Snapshot, load_snapshot
 from stages import cluster, logs, model_card, publishing
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
-from stages.contract import Inputs, Stage, Workspace, commit
+from stages.contract import STOPPING_SECONDS, Inputs, Stage, Workspace, commit
 from training import checkpoint_facts, sinks
 from training.checkpoint_places import place_of
 from training.systems import clip, denoiser, prior, vae
@@ -208,14 +208,33 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
 
 
 def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: Workspace) -> None:
+    # No join: one that a signal interrupts takes the thread for ended (Python 3.11).
+    failure: list[BaseException] = []
+    ended = threading.Event()
+    arguments = (fit, failure, ended)
+    threading.Thread(target=_capture, args=arguments, daemon=True, name="darkroom-fit").start()
+    try:
+        _follow(ended, board, config, workspace)
+    except Exception:
+        raise
+    except BaseException:  # told to stop: Ctrl-C, SIGTERM, a cancelled flow
+        log.warning("saving a checkpoint before the training stops")
+        board.stop.remote()
+        if not ended.wait(STOPPING_SECONDS) or failure:
+            why = _root_cause(failure[0]) if failure else f"it took more than {STOPPING_SECONDS:g} s"
+            log.warning("it stopped without one (%s): the last checkpoint before it counts", why)
+        raise
+    if failure:
+        raise _root_cause(failure[0]) from failure[0]
+
+
+def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: Workspace) -> None:
     import ray
 
-    failure: list[BaseException] = []
-    thread = threading.Thread(target=_capture, args=(fit, failure), daemon=True, name="darkroom-fit")
-    thread.start()
     seen, moved = -1, time.monotonic()
-    while thread.is_alive():
-        thread.join(0.5)
+    has_ended = False
+    while not has_ended:
+        has_ended = ended.wait(0.5)
         step, loss, rate = ray.get(board.read.remote())
         if step != seen:
             seen, moved = step, time.monotonic()
@@ -229,15 +248,15 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
             raise StageFailed(
                 f"training made no step for {workspace.fanout.stall_seconds:.0f} s (fanout.stall_seconds)"
             )
-    if failure:
-        raise _root_cause(failure[0]) from failure[0]
 
 
-def _capture(fit: Callable[[], Any], failure: list[BaseException]) -> None:
+def _capture(fit: Callable[[], Any], failure: list[BaseException], ended: threading.Event) -> None:
     try:
         fit()
     except BaseException as error:
         failure.append(error)
+    finally:
+        ended.set()
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -25,7 +25,10 @@ from training.systems.system import Batch, Trainable, TrainConfig
 
 
 def work(spec: dict[str, Any]) -> None:
-    """Trains what `spec` says to its end, as one of the ranks; rank 0 publishes. Resumes from the newest checkpoint."""
+    """Trains what `spec` says to its end, as one of the ranks; rank 0 publishes. Resumes from the newest checkpoint.
+
+    Publishes nothing where the board says that it shall stop: a checkpoint holds what it has then.
+    """
     logs.set_up_worker()
     with logs.at(**spec["place"]):
         _train(spec)
@@ -50,8 +53,11 @@ def _train(spec: dict[str, Any]) -> None:
         held_out=_held_out(trainable, held, config),
         preempted=_notices(),
         begin=_beginning(spec),
+        stopped=_stops(spec["board"]),
     )
     close()
+    if state.clock < config.max_steps:
+        return
     with publishing.publishing(spec["folder"]) as folder:
         facts = loop.publish(trainable, state, folder)
         if distributed.rank() == 0:
@@ -133,6 +139,13 @@ def _notices() -> Callable[[], bool]:
         return bool(news)
 
     return preempted
+
+
+def _stops(board: Any) -> Callable[[], bool]:
+    """Whether the board says that the training shall stop; rank 0 asks for all."""
+    import ray
+
+    return lambda: distributed.rank() == 0 and ray.get(board.is_stopping.remote())
 
 
 def _device_name() -> str:

@@ -43,14 +43,16 @@ def train(
     held_out: validation.HeldOut | None = None,
     preempted: Callable[[], bool] = lambda: False,
     begin: Callable[[nn.Module], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the final state.
+    """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the last state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
     `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
     averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
     `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
+    `stopped`, asked then too, tells that somebody wants it to end: a checkpoint is saved, and the state is short of the end.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
     state = build_state(trainable, config, begin)
@@ -59,7 +61,7 @@ def train(
     with checkpoint.Saver(folder, identity, max_steps=config.max_steps) as saver:
         while state.clock < config.max_steps:
             try:
-                _run(trainable, state, batches, config, saver, report, key_of, held_out, preempted)
+                _run(trainable, state, batches, config, saver, report, key_of, held_out, preempted, stopped)
                 break
             except spikes.Diverged as error:
                 if config.on_spike != "rollback":
@@ -78,6 +80,7 @@ def _run(
     key_of: spikes.KeyOf,
     held_out: validation.HeldOut | None,
     preempted: Callable[[], bool],
+    stopped: Callable[[], bool],
 ) -> None:
     """Steps from the state's clock to the end of the batches or of training."""
     window = Window(trainable, config, state, key_of)
@@ -87,7 +90,7 @@ def _run(
         state.clock += 1
         if isinstance(network, flops.Recorded):
             window.count_flops(network, state.clock)
-        is_leaving = False
+        is_leaving = is_stopping = False
         if window.is_due(state.clock):
             since, row = window.rows_end, window.close(state)
             if held_out is not None and validation.is_due(since, state.clock, config):
@@ -97,7 +100,8 @@ def _run(
                 samples.write_samples(trainable, state, config, held_out, pictures)
                 row |= window.validated(loss)
             report(row)
-            is_leaving = any(distributed.gathered(preempted()))
+            told = distributed.gathered((preempted(), stopped()))
+            is_leaving, is_stopping = any(map(any, told)), any(stop for _, stop in told)
         is_last = state.clock == config.max_steps
         if is_last or is_leaving or state.clock % config.checkpoint_every == 0:
             state.pending = window.look(state.clock)
@@ -105,7 +109,7 @@ def _run(
                 saver.save(state)
         if is_leaving:
             saver.wait()  # the place may be gone before the next step
-        if is_last:
+        if is_last or is_stopping:
             return
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -216,3 +217,21 @@ def test_after_a_sigkill_of_the_whole_process_group_a_rerun_makes_only_what_has_
     assert len(list(receipts.glob("0*.json"))) == 12
     assert all((receipts / name).stat().st_mtime_ns == written for name, written in kept.items())
     assert not list(out.rglob(".tmp-*"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_told_to_stop_it_finishes_the_shards_that_it_has_begun_and_begins_no_other(place):
+    workspace, arguments = place
+    tasks = [ShardTask(index, "fine") for index in range(40)]
+
+    def stop() -> None:
+        while not calls(arguments):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        map_shards(Working, arguments | {"seconds": 2.0}, tasks, workspace)
+    thread.join()
+    assert sorted(finished(tasks, workspace.folder)) == calls(arguments) and len(calls(arguments)) in (1, 2)

@@ -208,6 +208,19 @@ def test_a_notice_that_this_place_goes_is_answered_with_a_checkpoint_before_the_
     assert len(seen.seen) == 5 and [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
 
 
+def test_told_to_stop_it_saves_a_checkpoint_and_goes_on_from_there_as_if_nothing_had_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window, "LOG_EVERY", 2)
+    config = CONFIG.model_copy(update={"checkpoint_every": 100})
+    told, seen = iter([False, True]), Regression()
+    state = _train(tmp_path / "stopped", config, trainable=seen, stopped=lambda: next(told))
+    assert state.clock == len(seen.seen) == 4 < config.max_steps
+    assert [path.name for path in (tmp_path / "stopped").glob("step_*")] == ["step_00000004"]
+    resumed = _train(tmp_path / "stopped", config)
+    assert _equal(_weights(resumed), _weights(_train(tmp_path / "unbroken", config)))
+
+
 @pytest.mark.parametrize(
     ("what", "step", "problem"), [("loss", 5, "norm is nan at step 5"), ("grad", 6, "norm is nan at step 6")]
 )
