@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="STAGE", help="run this stage alone; what it needs must be cached")
     run.add_argument("--until", metavar="STAGE", help="stop after this stage")
     _address(run)
+    submit = _command(commands, "submit", "leave a recipe to a job of a Ray cluster, and do not wait")
+    _recipe_options(submit)
+    submit.add_argument(
+        "--address", required=True, metavar="URL", help="http://HOST:8265 of the cluster's job server"
+    )
     prepare = _command(commands, "prepare", "preprocess alone: shards, and a column for each encoder given")
     prepare.add_argument(
         "source",
@@ -78,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--repair", action="store_true", help="make again what can be made again, then verify once more"
     )
-    _address(verify)
+    _address(verify, "local, auto, or HOST:PORT of a Ray cluster")
     index = _command(
         commands, "index", "write the index that another reader wants beside the shards of a data set"
     )
@@ -271,10 +276,11 @@ def _root(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _address(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
-    )
+def _address(
+    sub: argparse.ArgumentParser,
+    places: str = "local, auto, HOST:PORT of a Ray cluster, or http://HOST:8265 of its job server",
+) -> None:
+    sub.add_argument("--address", default="local", help=f"{places} (default: local)")
 
 
 def _positive(text: str) -> int:

@@ -53,6 +53,7 @@ def _complain(sentence: str, code: int) -> int:
 ROOMS = {
     "plan": "building",
     "run": "building",
+    "submit": "building",
     "prepare": "building",
     "generate": "using",
     "export": "using",

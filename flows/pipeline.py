@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
-from stages.jobs import JobsConfig, is_job_server, require, run_as_job
+from stages.jobs import connect, is_job_server, run_as_job
 
 Watch = Callable[[str, float, float, str, str], None]
 """(stage, done, total, unit, note)."""
@@ -29,7 +29,6 @@ def run_stage(
     stage: str,
     spec: dict[str, Any],
     address: str = "local",
-    jobs: dict[str, Any] | None = None,
     later: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Runs one stage to its snapshot, on the connected cluster or as a job; returns where it lies and how long it took."""
@@ -42,8 +41,8 @@ def run_stage(
     one, *others = map(StageSpec.model_validate, (spec, *later))
     try:
         if is_job_server(address):
-            config, say = JobsConfig.model_validate(jobs or {}), get_run_logger().info
-            snapshot = run_as_job(one, address, config, progress=progress, say=say, later=others)
+            say = get_run_logger().info
+            snapshot = run_as_job(one, address, progress=progress, say=say, later=others)
         else:
             snapshot = run_spec(one, progress)
     except Exception as error:
@@ -58,15 +57,14 @@ def pipeline(
     run: str,  # noqa: ARG001  names the flow run
     specs: list[dict[str, Any]],
     address: str = "local",
-    jobs: dict[str, Any] | None = None,
     verbose: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs the pending stages `specs` in order on the cluster at `address`; `jobs` is a `JobsConfig`, for that of a job server."""
+    """Runs the pending stages `specs` in order on the cluster at `address`, or as jobs of the job server there."""
     results = []
     with _reached(address, specs, verbose):
         for i, spec in enumerate(specs):
             later = specs[1:] if i == 0 else []  # the first job refuses what the cluster cannot run later
-            results.append(run_stage(spec["stage"], spec, address, jobs, later))
+            results.append(run_stage(spec["stage"], spec, address, later))
     return results
 
 
@@ -74,7 +72,7 @@ def pipeline(
 def _reached(address: str, specs: list[dict[str, Any]], verbose: bool) -> Iterator[None]:
     """The cluster at `address`, connected or answering, and able to run all of `specs`."""
     if is_job_server(address):
-        require(address)
+        connect(address)
         yield
         return
     with cluster(address, verbose=verbose):

@@ -15,12 +15,11 @@ from data.errors import UnknownPath, UserError
 from data.shards import ShardConfig
 from data.sources import SourceConfig
 from flows.protocols import PROTOCOLS
-from stages.contract import FanoutConfig
+from stages.contract import FanoutConfig, JobsConfig
 from stages.embed import EmbedConfig
 from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
-from stages.jobs import JobsConfig
 from training.metrics import gates
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from data import storage
 from data.errors import NO_PLACE_TO_WRITE, DarkroomError, UserError
 from stages import logs
-from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import Progress, StageSpec, silent
+from stages.jobs import is_job_server, run_as_job
 from stages.journal import Journal
 
 log = logging.getLogger("darkroom")
@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     parser.add_argument("spec", help="path or URL of a StageSpec as JSON")
     parser.add_argument(
-        "--address", default="local", help="local, auto, or HOST:PORT of a Ray cluster (default: local)"
+        "--address",
+        default="local",
+        help="local, auto, HOST:PORT of a Ray cluster, or http://HOST:8265 of its job server (default: local)",
     )
     parser.add_argument(
         "--then",
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, progress: Progress) -> None:
     spec, *later = map(_read, (arguments.spec, *arguments.then))
+    if is_job_server(arguments.address):
+        run_as_job(spec, arguments.address, progress=progress, say=log.info, later=later)
+        return
+    from stages.catalogue import check_spec, run_spec  # every stage with all that it needs
+
     with cluster(arguments.address):
         for each in (spec, *later):
             check_spec(each)
@@ -73,9 +80,8 @@ def _read(uri: str) -> StageSpec:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{uri} is no spec that this version of Darkroom knows ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()})"
-        ) from error
+        what = ": ".join([*map(str, first["loc"]), first["msg"].lower()])
+        raise UserError(f"{uri} is no spec that this version of Darkroom knows ({what})") from error
 
 
 def _exit_code(error: BaseException) -> int:

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from data.errors import UserError
 from data.lease import lease
-from data.manifest import Snapshot, load_snapshot
+from data.manifest import Snapshot
 from stages import cluster, embed, encode, evaluate, generate, logs, report, shard, train
 from stages.contract import Progress, Stage, StageSpec, Workspace, silent
 
@@ -64,17 +64,8 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
             patience=spec.fanout.lease_seconds,
         ),
     ):
-        if snapshot := made(spec):
+        if snapshot := spec.made():
             return snapshot
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
         workspace = Workspace(spec.folder, spec.fingerprint, spec.fanout, progress)
         return stage.run(config, inputs, workspace)
-
-
-def made(spec: StageSpec) -> Snapshot | None:
-    """The snapshot that `spec` names, if it is in the store and of what its inputs hold now."""
-    snapshot = load_snapshot(spec.folder, spec.fingerprint)
-    if snapshot is None:
-        return None
-    parents = {role: parent.digest for role, parent in snapshot.parents.items()}
-    return snapshot if parents == {role: ref.open().digest for role, ref in spec.inputs.items()} else None

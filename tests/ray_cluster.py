@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -11,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-CHECKOUT = Path(__file__).parent.parent
+PR_SET_PDEATHSIG = 1
+"""From the kernel's <sys/prctl.h>."""
 
 
 def free_port() -> int:
@@ -38,6 +41,13 @@ def below(ancestor: int) -> list[int]:
     return found
 
 
+def title(pid: int) -> str:
+    """The command line of a process, with spaces; empty once it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
 class RayCluster:
     """What `ray start` makes: its job server listens at `http`. The same ports serve a head after a lost one."""
 
@@ -53,21 +63,21 @@ class RayCluster:
         return {"RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
 
     def start_head(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
-        """A head that answers; it misses a dead node within ten seconds."""
-        ports = [
-            f"--port={self.port}",
-            f"--dashboard-port={self.dashboard}",
-            f"--ray-client-server-port={free_port()}",
-        ]
+        """A head that answers; it misses a dead node within twenty seconds."""
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
+        ports += [f"--ray-client-server-port={free_port()}"]
         head = self._start("--head", "--dashboard-host=127.0.0.1", *ports, num_cpus=num_cpus)
-        self._wait_for("/api/version", head)
-        return head
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(self._asking("/api/version"), timeout=5):
+                return head
+            assert head.poll() is None and time.monotonic() < deadline, self._said()
+            time.sleep(0.2)
 
     def add_node(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
         """Another node, on this machine too."""
-        return self._start(
-            f"--address={socket.gethostbyname(socket.gethostname())}:{self.port}", num_cpus=num_cpus
-        )
+        here = socket.gethostbyname(socket.gethostname())
+        return self._start(f"--address={here}:{self.port}", num_cpus=num_cpus)
 
     def lose(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL of every process of a node."""
@@ -78,50 +88,72 @@ class RayCluster:
         node.wait()
         self.nodes.remove(node)
 
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Submission id -> what the cluster says of the job."""
+        with urllib.request.urlopen(self._asking("/api/jobs/"), timeout=30) as answer:
+            return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
+
+    def jobs_of(self, folder: str) -> list[str]:
+        """The ids of the jobs that make the artifact in `folder`, oldest first."""
+        mine = [job for job in self.jobs().values() if job["metadata"].get("makes", "").startswith(folder)]
+        return [job["submission_id"] for job in sorted(mine, key=lambda job: job["start_time"])]
+
+    def stop(self, job: str) -> None:
+        """What `ray job stop` asks for."""
+        with urllib.request.urlopen(self._asking(f"/api/jobs/{job}/stop", "POST"), timeout=30) as answer:
+            assert json.load(answer) == {"stopped": True}
+
+    def _asking(self, path: str, method: str = "GET") -> urllib.request.Request:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return urllib.request.Request(self.http + path, headers=headers, method=method)
+
     def _start(self, *options: str, num_cpus: int) -> subprocess.Popen[bytes]:
+        """A node that runs. Ray gives up one that takes 30 s to come up, as on a busy machine: then another attempt."""
+        for _ in range(3):
+            node = self._launched(*options, num_cpus=num_cpus)
+            self.nodes.append(node)
+            deadline = time.monotonic() + 120
+            while node.poll() is None and time.monotonic() < deadline:
+                if "Ray runtime started" in (said := self._said()):
+                    return node
+                time.sleep(0.2)
+            self.lose(node)
+        raise AssertionError(said)
+
+    def _launched(self, *options: str, num_cpus: int) -> subprocess.Popen[bytes]:
         line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-        line += [
-            f"--num-cpus={num_cpus}",
-            f"--dashboard-agent-listen-port={free_port()}",
-            "--min-worker-port=0",
-        ]
-        line += ["--max-worker-port=0", "--object-store-memory=100000000", "--disable-usage-stats"]
-        quick = {
-            "RAY_health_check_initial_delay_ms": "0",
-            "RAY_health_check_period_ms": "500",
-            "RAY_health_check_failure_threshold": "20",
-        }
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an environment that is activated
+        line += [f"--num-cpus={num_cpus}", f"--dashboard-agent-listen-port={free_port()}"]
+        line += ["--min-worker-port=0", "--max-worker-port=0"]  # any that are free
+        line += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as where it is activated
         mine = {
             "PATH": path,
             "RAY_TMPDIR": str(self.folder),
             "OMP_NUM_THREADS": "1",
             "RAY_worker_niceness": "0",
+            "RAY_health_check_initial_delay_ms": "0",
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_failure_threshold": "40",
         }
-        with (self.folder / f"node-{len(self.nodes)}.log").open("ab") as said:
-            node = subprocess.Popen(
+        with (self.folder / "starting.log").open("wb") as said:
+            return subprocess.Popen(
                 line,
-                env=os.environ | self.client | quick | mine,
+                env=os.environ | self.client | mine,
                 cwd=self.folder,
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
+                preexec_fn=_end_with_the_tests,
             )
-        self.nodes.append(node)
-        return node
 
-    def _wait_for(self, path: str, node: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 120
-        ask = urllib.request.Request(self.http + path, headers={"Authorization": f"Bearer {self.token}"})
-        while True:
-            with suppress(OSError), urllib.request.urlopen(ask, timeout=5) as answer:
-                assert answer.status == 200
-                return
-            assert node.poll() is None and time.monotonic() < deadline, self.said()
-            time.sleep(0.2)
+    def _said(self) -> str:
+        """What the node that was started last has said."""
+        return (self.folder / "starting.log").read_text(errors="replace")
 
-    def said(self) -> str:
-        return "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("node-*.log"))
+
+def _end_with_the_tests() -> None:
+    """Tells the kernel to end this process, and with it its node, when the tests are killed themselves."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

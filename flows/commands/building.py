@@ -40,6 +40,34 @@ def run(arguments: argparse.Namespace) -> int:
     return _carry_out(plan, names, arguments)
 
 
+def submit(arguments: argparse.Namespace) -> int:
+    """Leaves a recipe to a job of a cluster, and says how to watch, stop and resume it."""
+    from flows.submitting import submit as submitted
+
+    console.set_up_logging(verbose=arguments.verbose)
+    plan, address = _recipe_plan(arguments), arguments.address
+    if not arguments.json:
+        console.show_plan(plan, plan.stages)
+    job = None
+    if plan.pending:
+        places.make_folder(plan.root)
+        job = submitted(
+            plan, arguments.recipe, arguments.assignments, address, retry_failed=arguments.retry_failed
+        )
+    if arguments.json:
+        console.emit({"run": plan.run, "root": plan.root, "job": job, "address": address})
+        return 0
+    ways = {
+        "watch": f"ray job logs --address {address} --follow {job}",
+        "stop": f"ray job stop --address {address} {job}",
+        "resume": "the same command again",
+        "result": f"darkroom status --root {plan.root}",
+    }
+    for what, way in ways.items() if job else ():
+        console.out.print(f"{what:<7} {way}", soft_wrap=True, markup=False)
+    return 0
+
+
 def prepare(arguments: argparse.Namespace) -> int:
     """Carries out preprocessing alone: shards, and a column for each encoder given."""
     plan = prepare_plan(

@@ -19,6 +19,7 @@ COMMON = {"--root", "--set", "--json", "--verbose"}
 FROZEN = {
     "plan": (["recipe"], COMMON | {"--data", "--check", "--retry-failed"}),
     "run": (["recipe"], COMMON | {"--data", "--only", "--until", "--address", "--retry-failed"}),
+    "submit": (["recipe"], COMMON | {"--data", "--address", "--retry-failed"}),
     "prepare": (["source"], COMMON | {"--address", "--retry-failed"}),
     "generate": (["run", "prompts"], {"--count", "--seed", "--guidance-scale", "--steps", "--out", "--root"}),
     "score": ([], {"--real", "--fake", "--metrics", "--extractor", "--save-real", "--json"}),
