@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import date
 from typing import Any
 
 DESCRIPTION = "darkroom: develops image-text pairs into an evaluated text-to-image model."
@@ -226,6 +227,26 @@ def _schedule_commands(commands: Any) -> None:
         help="where its database and logs lie (default: .prefect/served under the root)",
     )
 
+    backfill = _command(
+        commands, "backfill", "carry a recipe out once per dated partition of a source, the oldest first"
+    )
+    backfill.add_argument(
+        "recipe", metavar="RECIPE", help="a name from `darkroom recipes`, or prepare for preprocessing alone"
+    )
+    backfill.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help="a source with {date} in its name (s3://bucket/{date}/pairs.parquet), or a folder of folders YYYY-MM-DD",
+    )
+    for name, text in (("--since", "the first date"), ("--until", "the last date, included")):
+        backfill.add_argument(name, required=True, type=_date, metavar="DATE", help=f"{text}, YYYY-MM-DD")
+    backfill.add_argument(
+        "--dry-run", action="store_true", help="say what is there, missing and made, and make nothing"
+    )
+    _common_options(backfill)
+    _address(backfill)
+
 
 def _deployment_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
@@ -281,6 +302,13 @@ def _address(
     places: str = "local, auto, HOST:PORT of a Ray cluster, or http://HOST:8265 of its job server",
 ) -> None:
     sub.add_argument("--address", default="local", help=f"{places} (default: local)")
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no date: write YYYY-MM-DD") from error
 
 
 def _positive(text: str) -> int:

@@ -73,6 +73,7 @@ ROOMS = {
     "rollback": "storing",
     "deploy": "scheduling",
     "serve": "scheduling",
+    "backfill": "scheduling",
 }
 """A command's name -> the module of `flows/commands` whose function of that name carries it out."""
 

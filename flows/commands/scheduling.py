@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data import storage
-from flows import console, places
+from flows import backfilling, console, places
+from flows.plan import Plan
+from flows.planning import prepare_plan, recipe_plan
 
 
 def deploy(arguments: argparse.Namespace) -> int:
@@ -36,6 +38,43 @@ def serve(arguments: argparse.Namespace) -> int:
         ),
     )
     return 0
+
+
+def backfill(arguments: argparse.Namespace) -> int:
+    """Carries out a recipe once per dated partition; 1 where one of them fails."""
+    console.set_up_logging(verbose=arguments.verbose)
+    given = {
+        "assignments": arguments.assignments,
+        "root": arguments.root,
+        "retry_failed": arguments.retry_failed,
+    }
+
+    def plan_of(source: str) -> Plan:
+        if arguments.recipe == "prepare":
+            return prepare_plan(source, **given)
+        return recipe_plan(arguments.recipe, data=source, **given)
+
+    def tell(partition: backfilling.Partition) -> None:
+        if not arguments.json:
+            rest = "  ".join(filter(None, [partition.run or partition.source, partition.reason]))
+            console.out.print(f"{partition.date}  {partition.state:<8} {rest}", soft_wrap=True, markup=False)
+
+    with console.quiet_stdout():
+        done = backfilling.backfill(
+            arguments.data,
+            arguments.since,
+            arguments.until,
+            plan_of,
+            address=arguments.address,
+            verbose=arguments.verbose,
+            dry_run=arguments.dry_run,
+            tell=tell,
+        )
+    if arguments.json:
+        console.emit({"recipe": arguments.recipe, "partitions": [vars(partition) for partition in done]})
+    else:
+        console.out.print(backfilling.counted(done))
+    return 1 if any(partition.state == "failed" for partition in done) else 0
 
 
 def _home(root: str) -> Path:

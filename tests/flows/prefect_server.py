@@ -117,3 +117,36 @@ def eventually(
             return found
         time.sleep(0.5)
     raise AssertionError(f"not within {seconds:.0f} s {told()}")
+
+
+def process_of(worker: int) -> int:
+    """The process that the worker `worker` started to carry out its one flow run."""
+    found = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if b"prefect.engine" in _read(path) and _parent(path.parent) == worker
+    ]
+    (only,) = found
+    return only
+
+
+def _parent(process: Path) -> int:
+    fields = _read(process / "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def processes_under(pid: int) -> list[int]:
+    """The children of `pid`, and theirs."""
+    parents = {int(path.name): _parent(path) for path in Path("/proc").glob("[0-9]*")}
+    found, newest = [], [pid]
+    while newest:
+        newest = [child for child, parent in parents.items() if parent in newest]
+        found += newest
+    return found

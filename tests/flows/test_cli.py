@@ -39,6 +39,10 @@ FROZEN = {
     "rollback": ([], {"--root"}),
     "deploy": ([], {"--file", "--root", "--address", "--json"}),
     "serve": ([], {"--file", "--root", "--address", "--port", "--home"}),
+    "backfill": (
+        ["recipe"],
+        COMMON | {"--data", "--since", "--until", "--dry-run", "--address", "--retry-failed"},
+    ),
 }
 """Command -> (positionals, options). What is here is what people and scripts type: add, never change."""
 

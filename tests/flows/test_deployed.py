@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows import serving
@@ -15,6 +13,8 @@ from flows.deploying import FILE
 from flows.deploying import deploy as apply
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pictures import add_pictures
 from prefect_server import artifacts, deploy, ended, entry, eventually, log, prefect_server, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("server")]
@@ -33,13 +33,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A folder of 12 captioned pictures."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(f"picture {i}")
-    return folder
+    return add_pictures(tmp_path / "pictures", range(12))
 
 
 def test_deploying_again_changes_nothing_and_a_change_is_told(tmp_path):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
+from pictures import add_pictures
 
 from data.errors import UserError
 from data.stored import name_of, needed, stored
@@ -24,14 +23,6 @@ SETTINGS = {
     for path, value in untrained.SETTINGS.items()
     if path != "source.count"
 }
-
-
-def add_pictures(folder: Path, numbers: range) -> None:
-    folder.mkdir(exist_ok=True)
-    for i in numbers:
-        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(f"picture number {i}")
 
 
 @pytest.fixture(scope="module")
