@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from prefect import flow, get_run_logger, suspend_flow_run, tags
-from prefect.client.schemas.objects import State
+from prefect import Flow, flow, get_run_logger, suspend_flow_run, tags, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.input import RunInput
+from prefect.logging.loggers import flow_run_logger
 from prefect.states import Completed, Failed
 from pydantic import Field
 
@@ -16,6 +19,7 @@ from data.errors import DarkroomError, UserError
 from flows import artifacts, keeping, places, promoting, refreshing, runs
 from flows.parameters import CollectParameters, PrepareParameters, RefreshParameters, RunParameters
 from flows.plan import Plan
+from stages import cluster
 
 EVALUATION = ("generate", "evaluate", "report")
 """Stages that judge what the stages before them made."""
@@ -42,37 +46,60 @@ class _FlowLog(logging.Handler):
         self._run_log.log(record.levelno, record.getMessage())
 
 
-@flow(persist_result=False)
+def _say_what_resumes(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
+    """A hook: the last word of a run that did not end well, in its own log."""
+    flow_run_logger(flow_run, flow).info(
+        "the next run of this deployment resumes: finished shards and stages are kept"
+    )
+
+
+_deployed = partial(
+    flow,
+    persist_result=False,
+    on_failure=[_say_what_resumes],
+    on_crashed=[_say_what_resumes],
+    on_cancellation=[_say_what_resumes],
+)
+
+
+@task(name="reach", persist_result=False, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[10, 60, 300])
+def reach(address: str) -> None:
+    """Asks for the cluster at `address`: all that is tried again, since a stage's own troubles are its own to count."""
+    if not cluster.answers(address):
+        raise UserError(f"address {address}: no Ray cluster answers there; start it, or use local")
+
+
+@_deployed
 def pipeline(run: RunParameters) -> State[Any]:
     """The whole recipe, to its report."""
     return _ended(lambda: _carried_out(run.plan(), run.address))
 
 
-@flow(persist_result=False)
+@_deployed
 def train(run: RunParameters) -> State[Any]:
     """The recipe until its denoiser is trained."""
     return _ended(lambda: _carried_out(run.plan(), run.address, until="denoiser"))
 
 
-@flow(persist_result=False)
+@_deployed
 def evaluate(run: RunParameters) -> State[Any]:
     """Pictures, scores and report of a system that is trained already."""
     return _ended(lambda: _carried_out(_trained(run.plan()), run.address))
 
 
-@flow(persist_result=False)
+@_deployed
 def prepare(run: PrepareParameters) -> State[Any]:
     """Preprocessing alone: new pairs go to new shards, with a column for each encoder given."""
     return _ended(lambda: _carried_out(run.plan(), run.address))
 
 
-@flow(persist_result=False)
+@_deployed
 def refresh(run: RefreshParameters) -> State[Any]:
     """New data to new shards, training that goes on from the production run's weights, and production for what is not worse."""
     return _ended(lambda: _refreshed(run))
 
 
-@flow(persist_result=False)
+@_deployed
 def gc(run: CollectParameters) -> State[Any]:
     """What no run wants any more goes."""
     return _ended(lambda: _collected(run))
@@ -95,6 +122,8 @@ def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:
     names = names[: names.index(until) + 1] if until else names
     places.make_folder(plan.root)
     artifacts.publish_plan(plan)
+    if any(stage.name in names for stage in plan.pending):
+        reach(address)
     try:
         with tags(TAG):
             record = runs.carry_out(plan, names=names, address=address, verbose=False)

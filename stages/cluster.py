@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from data.errors import UserError
 
@@ -85,6 +86,17 @@ def prepare_environment(address: str) -> None:
         os.environ.setdefault(name, value)
     has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token and address != "local" else "disabled")
+
+
+def answers(address: str) -> bool:
+    """Whether something listens where `address` leads; a cluster that is started for a run always does."""
+    if address == "local":
+        return True
+    if address.startswith(("http://", "https://")):
+        url = urlsplit(address)
+        return _answers(f"{url.hostname}:{url.port or (443 if url.scheme == 'https' else 80)}")
+    head = _running_head() if address == "auto" else address
+    return head is not None and _answers(head)
 
 
 def num_cpus() -> int:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows import serving
+from data.errors import UserError
+from flows import deployed, serving
 from flows.deploying import FILE
 from flows.deploying import deploy as apply
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures import add_pictures
-from prefect_server import artifacts, deploy, ended, entry, eventually, log, prefect_server, start
+from prefect_server import artifacts, deploy, ended, entry, eventually, free_port, log, prefect_server, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("server")]
 
@@ -90,3 +93,16 @@ def test_a_run_makes_what_the_command_makes_and_leaves_its_artifacts(pictures, t
 def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):
     state = ended(start("prepare/darkroom", {"data": "/nowhere/at/all", "root": str(tmp_path)}))
     assert state.name == "Failed" and "/nowhere/at/all" in state.message and "Traceback" not in state.message
+
+
+def test_a_cluster_that_answers_later_is_waited_for_and_none_is_one_sentence():
+    port = free_port()
+    ask = deployed.reach.with_options(retry_delay_seconds=2, retries=2)
+    with pytest.raises(UserError, match=f"address 127.0.0.1:{port}: no Ray cluster answers there"):
+        ask(f"127.0.0.1:{port}")
+    with socket.socket() as later:
+        later.bind(("127.0.0.1", port))
+        opened = threading.Timer(3.0, later.listen)
+        opened.start()
+        ask(f"127.0.0.1:{port}")
+        opened.join()
