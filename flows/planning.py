@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 from flows import places, recipes
 from flows.comparing import baselines_of
 from flows.graph import prepare_nodes, unclip_nodes
 from flows.plan import Plan, make_plan
+from flows.recipes import Recipe
 from stages.contract import InputRef
+
+log = logging.getLogger("darkroom")
+SMALLEST_BATCH = 8
 
 
 def recipe_plan(
@@ -26,13 +33,37 @@ def recipe_plan(
     `made` and `start` are artifacts to use instead of a training, or to begin one with. Raises UserError for whatever of
     these cannot be.
     """
+    assignments = [*assignments]
     recipe = recipes.edited(recipes.find(name), assignments)
     recipe = recipe if data is None else recipes.with_data(recipe, data)
     root = places.checked_root(root)
-    nodes = unclip_nodes(
-        recipe, retry_failed=retry_failed, baselines=baselines_of(recipe, root), made=made, start=start
+    build = partial(
+        unclip_nodes, retry_failed=retry_failed, baselines=baselines_of(recipe, root), made=made, start=start
     )
+    nodes = build(recipe)
+    if data is not None and (small := _fitted(recipe, nodes[0].rows, assignments)) != recipe:
+        recipe, nodes = small, build(small)
     return make_plan(recipe, nodes, root)
+
+
+def _fitted(recipe: Recipe, rows: int | None, assignments: Iterable[str]) -> Recipe:
+    """The demo with batches that the user's `rows` can fill, where they were not set; any other recipe as it is."""
+    given = {assignment.partition("=")[0].strip() for assignment in assignments}
+    if recipe.name != "demo" or rows is None:
+        return recipe
+    smaller: dict[str, Any] = {}
+    for name in ("clip", "vae", "prior", "denoiser"):
+        config = getattr(recipe, name)
+        if getattr(config, "pretrained", None) or f"{name}.batch_size" in given:
+            continue
+        samples = rows - config.held_out(rows)
+        if 2 * SMALLEST_BATCH <= samples < config.batch_size:
+            size = 1 << (samples // 2).bit_length() - 1
+            smaller[name] = config.model_copy(update={"batch_size": size})
+            log.warning(
+                "%s.batch_size is %d here: %d rows fill no batch of %d", name, size, rows, config.batch_size
+            )
+    return recipe.model_copy(update=smaller)
 
 
 def prepare_plan(source: str, *, assignments: Iterable[str], root: str, retry_failed: bool) -> Plan:
