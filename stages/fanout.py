@@ -182,12 +182,13 @@ class _Pool:
 
     def _welcome(self, reference: Any) -> None:
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import OutOfMemoryError, RayActorError
 
         actor = self.starting.pop(reference)
         try:
             ray.get(reference)
-        except RayActorError:
+        except (RayActorError, OutOfMemoryError) as error:
+            log.warning("a worker died as it started (%s): starting another", type(error).__name__)
             self._spawn()
         else:
             self.idle.append(actor)
@@ -199,7 +200,7 @@ class _Pool:
 
     def _settle(self, reference: Any) -> tuple[ShardTask, ShardRecord] | None:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         was_running = reference in self.running
         task, actor = (self.running if was_running else self.writing).pop(reference)
@@ -213,7 +214,7 @@ class _Pool:
                 raise cause from None  # no second attempt mends a wrong config or a full disk
             self._retry(task, cause, f"{type(cause).__name__}: {cause}")
             return None
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
             self._bury(actor, was_running=was_running)
             self._retry(task, error, f"its worker died ({type(error).__name__})")
             return None

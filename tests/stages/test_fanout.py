@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.errors import StageFailed, UserError
@@ -26,13 +27,15 @@ class Working:
     """Writes one file per shard, leaves a mark per call, and misbehaves on request."""
 
     def __init__(self, marks: str, seconds: float = 0.0) -> None:
-        self.marks, self.seconds = Path(marks), seconds
+        self.marks, self.seconds, self.hoard = Path(marks), seconds, []
 
     def __call__(self, task: ShardTask, folder: str) -> ShardRecord:
         calls = len(list(self.marks.glob(f"{task.index}-*")))
         (self.marks / f"{task.index}-{os.getpid()}-{time.time_ns()}").touch()
         if task.payload == "die always" or (task.payload == "die once" and not calls):
             os.kill(os.getpid(), signal.SIGKILL)
+        while task.payload == "hog":
+            self.hoard.append(np.ones(1 << 24, np.uint8))
         if task.payload == "user error":
             raise UserError("this config cannot work: use another")
         if task.payload == "fail":
@@ -235,3 +238,43 @@ def test_told_to_stop_it_finishes_the_shards_that_it_has_begun_and_begins_no_oth
         map_shards(Working, arguments | {"seconds": 2.0}, tasks, workspace)
     thread.join()
     assert sorted(finished(tasks, workspace.folder)) == calls(arguments) and len(calls(arguments)) in (1, 2)
+
+
+HUNGRY = """
+import sys
+from data.errors import StageFailed
+from stages.cluster import cluster
+from stages.contract import FanoutConfig, Workspace
+from stages.fanout import ShardTask, map_shards
+from test_fanout import Working
+
+folder, marks = sys.argv[1:]
+tasks = [ShardTask(0, "hog"), ShardTask(1, "fine"), ShardTask(2, "fine")]
+with cluster("local"):
+    try:
+        map_shards(Working, {"marks": marks}, tasks, Workspace(folder, "f" * 12, FanoutConfig(num_workers=1, max_attempts=2, stall_seconds=120)))
+    except StageFailed as error:
+        sys.stdout.write(str(error))
+"""
+
+
+def test_a_shard_that_eats_all_memory_is_quarantined_like_one_that_kills_its_worker(tmp_path):
+    """Ray kills whoever makes the machine run out of memory; here three gigabytes above what is used now count as that."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_used_memory
+
+    out, marks, here = tmp_path / "out", tmp_path / "marks", Path(__file__).parent
+    out.mkdir()
+    marks.mkdir()
+    threshold = (get_used_memory() + (3 << 30)) / get_system_memory()
+    environment = os.environ | {
+        "PYTHONPATH": f"{here.parent.parent}{os.pathsep}{here}",
+        "RAY_memory_usage_threshold": str(threshold),
+        "RAY_memory_monitor_refresh_ms": "50",
+    }
+    driver = [sys.executable, "-c", HUNGRY, str(out), str(marks)]
+    ended = subprocess.run(driver, env=environment, capture_output=True, text=True, timeout=300)
+    assert (
+        ended.stdout == "1 of 3 shards failed; shard 00000: its worker died (OutOfMemoryError), 2 attempts"
+    ), ended.stderr
+    assert len(list(out.glob("_meta/receipts/0*.json"))) == 2
