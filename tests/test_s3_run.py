@@ -17,7 +17,7 @@ from data.manifest import Snapshot, snapshots
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CHECKOUT, TINY, command, environment, result
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1500)]
 DEADLINE = 600.0
 SETTINGS = TINY | {"clip.max_steps": 60}
 """A CLIP that trains long enough to be caught at it."""
