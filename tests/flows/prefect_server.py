@@ -48,7 +48,7 @@ def entry(flow: str, name: str, run: dict[str, Any], *schedules: dict[str, Any])
         "entrypoint": f"flows.deployed.{flow}",
         "tags": ["darkroom"],
         "parameters": {"run": run},
-        "concurrency_limit": {"limit": 1, "collision_strategy": "CANCEL_NEW", "grace_period_seconds": 60},
+        "concurrency_limit": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
         "work_pool": {
             "name": "darkroom",
             "job_variables": {"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30", "OMP_NUM_THREADS": "1"}},

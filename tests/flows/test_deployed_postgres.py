@@ -61,10 +61,9 @@ def database() -> Iterator[str]:
 def test_a_schedule_fires_on_postgresql_and_deploying_again_changes_nothing(database, tmp_path):
     home, root = tmp_path / "home", tmp_path / "runs"
     settings = {
-        "PREFECT_API_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
     }
-    often = {"slug": "often", "interval": 15, "active": True}
+    often = {"slug": "often", "interval": 20, "active": True}
     collect = entry("gc", "darkroom", {"root": str(root)}, often)
     with serving.server(home, free_port(), settings) as (url, _), talking_to(url):
         deploy(tmp_path, collect)
