@@ -228,7 +228,8 @@ def test_told_to_stop_it_finishes_the_shards_that_it_has_begun_and_begins_no_oth
     tasks = [ShardTask(index, "fine") for index in range(40)]
 
     def stop() -> None:
-        while not calls(arguments):
+        deadline = time.monotonic() + 120
+        while not calls(arguments) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
