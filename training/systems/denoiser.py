@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data.errors import UserError
+from data.errors import DarkroomError
 from training.diffusion.objective import NUM_TRAIN_TIMESTEPS, Objective, denoiser, noised, per_sample_mse
 from training.diffusion.sampling import dpm_solver, sample
 from training.pixels import to_uint8
@@ -281,7 +281,7 @@ def _vae(source: str | None, device: str) -> VaeEncoder | None:
         return None
     try:
         return VaeEncoder.load(source, device)
-    except (UserError, OSError) as error:
+    except (DarkroomError, OSError) as error:
         log.warning("pictures are shown as latents, without their VAE: %s", error)
         return None
 
