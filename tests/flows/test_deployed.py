@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from prefect import flow
 from prefect.exceptions import PrefectHTTPStatusError
 
 from data.errors import UserError
@@ -97,12 +98,17 @@ def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):
 
 def test_a_cluster_that_answers_later_is_waited_for_and_none_is_one_sentence():
     port = free_port()
-    ask = deployed.reach.with_options(retry_delay_seconds=2, retries=2)
+    reach = deployed.reach.with_options(retry_delay_seconds=2, retries=2)
+
+    @flow(persist_result=False)
+    def ask() -> None:
+        reach(f"127.0.0.1:{port}")
+
     with pytest.raises(UserError, match=f"address 127.0.0.1:{port}: no Ray cluster answers there"):
-        ask(f"127.0.0.1:{port}")
+        ask()
     with socket.socket() as later:
         later.bind(("127.0.0.1", port))
         opened = threading.Timer(3.0, later.listen)
         opened.start()
-        ask(f"127.0.0.1:{port}")
+        ask()
         opened.join()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,7 +223,15 @@ def test_after_a_sigkill_of_the_whole_process_group_a_rerun_makes_only_what_has_
     assert not list(out.rglob(".tmp-*"))
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that Ctrl-C reaches: one in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ray_cluster", "interruptible")
 def test_told_to_stop_it_finishes_the_shards_that_it_has_begun_and_begins_no_other(place):
     workspace, arguments = place
     tasks = [ShardTask(index, "fine") for index in range(40)]
