@@ -100,9 +100,9 @@ def wait_for(
 
 
 def receipts(spec: StageSpec) -> dict[str, int]:
-    """Finished shard -> when its receipt was written."""
+    """Finished shard -> when its receipt was written; one that is being written (`.tmp-…`) is not there yet."""
     folder = Path(spec.folder, "_meta", "receipts")
-    return {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    return {path.stem: path.stat().st_mtime_ns for path in folder.glob("[0-9]*.json")}
 
 
 # --- a whole command ------------------------------------------------------------------------------------------------
