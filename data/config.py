@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 class Config(BaseModel):
     """A frozen, closed record: unknown fields are refused, nothing changes after construction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # what was given may hold credentials, and an error is logged
+    )
 
 
 def operational(default: Any, **constraints: Any) -> Any:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from data import storage
 from data.checksums import Checksum, checksum_of
@@ -47,10 +47,29 @@ class Ledger(Config):
         )
 
 
+def _below(path: str) -> str:
+    parts = path.split("/")
+    if not path or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+        raise ValueError("a path leaves its folder")
+    return path
+
+
+def _word(name: str) -> str:
+    if "/" in name or name == ".":
+        raise ValueError("a name is no part of a path")
+    return _below(name)
+
+
+Inside = Annotated[str, AfterValidator(_below)]
+"""A relative path that stays below its folder."""
+Word = Annotated[str, AfterValidator(_word)]
+"""A name that is one part of a path."""
+
+
 class FileRecord(Config):
     """One file of an artifact, by its path relative to the artifact's folder."""
 
-    path: str
+    path: Inside
     bytes: int
     sha256: str
     blocks: str = Field(
@@ -62,8 +81,8 @@ class FileRecord(Config):
 class ShardRecord(Config):
     """The receipt of one finished shard; pure in its inputs, so equal work gives an equal record."""
 
-    index: int
-    samples: int
+    index: int = Field(ge=0)
+    samples: int = Field(ge=0)
     keys: str = Field(description="digest of the ordered sample keys; equal digests mean row-aligned shards")
     files: tuple[FileRecord, ...]
     ledger: Ledger = Ledger()
@@ -92,7 +111,7 @@ class Parent(Config):
 
     stage: str
     folder: str
-    fingerprint: str
+    fingerprint: Word
     digest: str
 
 
@@ -100,9 +119,9 @@ class Snapshot(Config):
     """An immutable, complete artifact: its producer, its parents, its shards and files."""
 
     format: int = 1
-    stage: str
+    stage: Word
     version: int
-    fingerprint: str
+    fingerprint: Word
     config: dict[str, Any]
     columns: tuple[str, ...] = ()
     parents: dict[str, Parent] = {}

@@ -35,6 +35,7 @@ from data.manifest import FileRecord, Ledger, ShardRecord, keys_digest
 from data.originals import Originals
 from data.rows import Row
 from data.tars import ShardReader, TarWriter
+from data.urls import redacted
 from data.web import FetchRules
 
 _COLUMNS = pa.schema(
@@ -122,7 +123,9 @@ def attempt(row: Row, key: str, config: ShardConfig, read: Callable[[Row], bytes
     except SampleError as error:
         failed = "failed_to_resize" if fields["sha256"] else "failed_to_download"
         status = "filtered" if error.filtered else failed
-        return Outcome(fields | {"status": status, "error_class": error.reason, "error_message": str(error)})
+        return Outcome(
+            fields | {"status": status, "error_class": error.reason, "error_message": redacted(str(error))}
+        )
     fields |= {"status": "success", "width": image.width, "height": image.height, "exif": image.exif}
     fields |= {"original_width": image.original_width, "original_height": image.original_height}
     if config.deduplicate == "near":

@@ -15,6 +15,7 @@ from data.cells import bytes_column
 from data.errors import UserError
 from data.records import Record, records_of, suffix_of
 from data.rows import Cell, Row, checked, defective
+from data.urls import redacted
 
 PLACE_COLUMNS = ("file_name", "image", "path", "url", "image_path", "image_url", "filename")
 CAPTION_COLUMNS = ("text", "caption")
@@ -114,7 +115,7 @@ def _anywhere(folder: str, index: int, place: str, caption: str | None) -> Row:
     if "://" in place:
         problem = _unsupported(place)
         stamp = storage.stamp(place) if storage.is_local(place) else None
-        return Row(index, "" if problem else place, caption, place, problem, None, stamp)
+        return Row(index, "" if problem else place, caption, redacted(place), problem, None, stamp)
     if place.startswith("/") and storage.is_local(folder):
         return Row(index, place, caption, place, None, None, storage.stamp(place))
     return _inside(folder, storage.stamp if storage.is_local(folder) else _unknown, index, place, caption)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from data.errors import NO_PLACE_TO_WRITE, DarkroomError
+from data.urls import redacted, refuse_credentials
 from flows.arguments import parser
 from stages import logs
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parses `argv`, runs the command, and returns its exit code; a user's mistake is one sentence on stderr."""
     arguments = parser().parse_args(argv)
     try:
+        _refuse_credentials(arguments)
         return _command(arguments.command)(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,11 +44,17 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     return getattr(import_module(f"flows.commands.{ROOMS[name]}"), name)
 
 
+def _refuse_credentials(arguments: argparse.Namespace) -> None:
+    for name, value in vars(arguments).items():
+        if name != "prompts":
+            refuse_credentials(name, value)
+
+
 def _complain(sentence: str, code: int) -> int:
     if logs.is_json():
         logs.set_up().error("%s", sentence)
     else:
-        sys.stderr.write(f"darkroom: {sentence}\n")
+        sys.stderr.write(f"darkroom: {redacted(sentence)}\n")
     return code
 
 

@@ -9,6 +9,8 @@ import shutil
 import signal
 from pathlib import Path
 
+from data.urls import refuse_credentials
+
 SERVER = "prefect.server.api.server:create_app"
 NOTES = "servers"
 DATABASE_BYTES = 8_000_000
@@ -20,8 +22,10 @@ def configure(home: Path, *, verbose: bool) -> None:
 
     Settings that the user made in the environment stand. A server that an earlier, killed run left behind is ended.
     Within a flow run of a worker nothing is done: its settings are the worker's.
-    Raises OSError (ENOSPC) where the database has no room: the server would try for minutes to start.
+    Raises OSError (ENOSPC) where the database has no room: the server would try for minutes to start; UserError for a
+    PREFECT_API_URL with credentials, which Prefect would log.
     """
+    refuse_credentials("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"))
     if is_within_flow_run():
         return
     home.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from data.config import Config, listed, operational
 from data.errors import UnknownPath, UserError
 from data.shards import ShardConfig
 from data.sources import SourceConfig
+from data.urls import refuse_credentials
 from flows.protocols import PROTOCOLS
 from stages.contract import FanoutConfig, JobsConfig
 from stages.embed import EmbedConfig
@@ -85,6 +86,11 @@ class Recipe(Config):
         {},
         description="measured wall time per stage on two CPU cores, until this root has timings of its own",
     )
+
+    @model_validator(mode="after")
+    def _without_credentials(self) -> Self:
+        refuse_credentials("", self.model_dump(mode="json"))
+        return self
 
 
 EXPECTED_SECONDS = {
@@ -278,6 +284,7 @@ def with_data(recipe: Recipe, source: str) -> Recipe:
         raise UserError(
             f"{source!r} leads nowhere ({error}): name a folder or a table of image-text pairs"
         ) from error
+    refuse_credentials("the source", path)
     return recipe.model_copy(
         update={"source": recipe.source.model_copy(update={"kind": "auto", "path": path})}
     )

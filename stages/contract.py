@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from data import manifest, storage
 from data.config import Config, operational, result_fields
 from data.errors import CorruptArtifact
-from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot
+from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, Word
 
 STOP_SECONDS = 60
 """Between the SIGTERM of a job and its SIGKILL. Ray's default is 3."""
@@ -86,7 +86,7 @@ class InputRef(Config):
 
     stage: str
     folder: str
-    fingerprint: str
+    fingerprint: Word
     external: bool = False
 
     def open(self) -> Snapshot:
@@ -110,7 +110,7 @@ class StageSpec(Config):
     config: dict[str, Any]
     inputs: dict[str, InputRef]
     folder: str
-    fingerprint: str
+    fingerprint: Word
     fanout: FanoutConfig = FanoutConfig()
     jobs: JobsConfig = JobsConfig()
     version: int | None = None

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 
 from data.errors import UserError
+from data.urls import redacted
 
 IDS = ("run", "stage", "shard")
 """What tells a line's place; a record's own `extra` goes before that of its surroundings."""
@@ -50,7 +51,7 @@ def set_up(*, verbose: bool = False) -> logging.Logger:
     if (form := os.environ.get("DARKROOM_LOG")) not in (None, "", "json"):
         raise UserError(f"DARKROOM_LOG={form}: only json is known; without it, lines are for people")
     log, handler = logging.getLogger("darkroom"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if is_json() else logging.Formatter("%(message)s"))
+    handler.setFormatter(JsonLines() if is_json() else Sentences("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose or is_json() else logging.INFO)
@@ -61,6 +62,14 @@ def set_up_worker() -> None:
     """As `set_up`, in a worker of Ray, whose stderr goes to the node's files. Lines for people stay as Ray has them."""
     if is_json():
         set_up()
+
+
+class Sentences(logging.Formatter):
+    """A line for people, without the credentials of any URL in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        return redacted(super().format(record))
 
 
 class JsonLines(logging.Formatter):
@@ -74,10 +83,10 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redacted(record.getMessage()),
             **{name: value for name, value in ids.items() if value is not None},
             "pid": record.process,
         }
         if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
+            line["error"] = redacted(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
