@@ -165,7 +165,12 @@ def test_no_secret_of_the_environment_or_of_a_source_is_in_any_file_or_line_of_a
     }
     line = command("run", "demo", f"--data={table}", "--json", "--verbose", root=root, settings=settings)
     finished = subprocess.run(
-        line, env=environment() | SECRETS, cwd=CHECKOUT, capture_output=True, text=True, timeout=1200
+        line,
+        env=environment() | SECRETS | {"PREFECT_HOME": str(root / ".prefect")},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     record = result(finished)
     assert len(served) == 60 and record["report"]
