@@ -135,12 +135,18 @@ class Snapshot(Config):
     )
     created: str = Field("", description="UTC, ISO 8601; not part of the digest")
     seconds: float = Field(0.0, description="wall time of the run that published; not part of the digest")
+    device_seconds: dict[str, float] = Field(
+        {},
+        description="device (cpu, gpu) -> seconds that workers held it, over all attempts; not part of the digest",
+    )
     folder: str = Field("", exclude=True, description="where it was read from; never written")
 
     @property
     def digest(self) -> str:
         """Content identity: everything but when and how long."""
-        body = self.model_dump(mode="json", exclude={"created", "seconds", "facts", "parents"})
+        body = self.model_dump(
+            mode="json", exclude={"created", "seconds", "device_seconds", "facts", "parents"}
+        )
         body["parents"] = {role: parent.digest for role, parent in self.parents.items()}
         return hashlib.sha256(canonical_json(body)).hexdigest()
 
@@ -148,6 +154,11 @@ class Snapshot(Config):
     def samples(self) -> int:
         """Samples over all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """The size of its files and of its shards'."""
+        return sum(file.bytes for file in (*self.files, *(f for shard in self.shards for f in shard.files)))
 
     @property
     def ledger(self) -> Ledger:

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
@@ -28,7 +27,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from flows.plan import Plan, PlannedStage
 from stages import logs
 
 PIPE_WIDTH = 120
@@ -70,50 +68,6 @@ def set_up_logging(*, verbose: bool) -> None:
         )  # without one, a library's first word sets up its own
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def show_plan(plan: Plan, stages: Sequence[PlannedStage]) -> None:
-    """Prints the `stages` of a plan, what is to run, and the weights that come from elsewhere."""
-    pending = [stage for stage in stages if stage.status == "pending"]
-    known = [stage.seconds for stage in pending if stage.seconds is not None]
-    total = f", about {duration(sum(known))}" if known else ""
-    without = f" and {len(pending) - len(known)} without an estimate" if len(known) < len(pending) else ""
-    out.print(f"{plan.recipe.name} → {plan.run}", soft_wrap=True)
-    out.print(plan_table(stages))
-    if pending:
-        out.print(
-            f"{len(pending)} of {len(stages)} stages to run{total}{without if known else ''}", soft_wrap=True
-        )
-    else:
-        out.print("everything is cached")
-    for kind, source in {
-        ref.stage: ref.folder for s in stages for ref in s.inputs.values() if ref.external
-    }.items():
-        place = (
-            ""
-            if Path(source).is_dir()
-            else " (downloaded when the run starts, unless this machine has it already)"
-        )
-        out.print(f"{kind} weights: {source}{place}", soft_wrap=True, markup=False)
-
-
-def plan_table(stages: Sequence[PlannedStage]) -> Table:
-    """The stages, what is cached, what will run and why, with an estimate where there is one."""
-    timed = any(stage.seconds is not None for stage in stages)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    if timed:
-        table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    table.add_column("fingerprint", no_wrap=True, style="dim")
-    for stage in stages:
-        colour = "green" if stage.status == "cached" else "yellow"
-        time_cells = [_seconds(stage)] if timed else []
-        table.add_row(
-            stage.name, f"[{colour}]{stage.status}[/]", *time_cells, escape(stage.reason), stage.fingerprint
-        )
-    return table
 
 
 def scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
@@ -242,12 +196,6 @@ def difference(held: Mapping[str, Any]) -> str:
     if held["low"] is None:
         return f"{held['value']:+.4g}"
     return f"{held['value']:+.4g} ({held['low']:+.4g} to {held['high']:+.4g}) {held['verdict']}"
-
-
-def _seconds(stage: PlannedStage) -> str:
-    if stage.seconds is None:
-        return "?"
-    return f"{'~' if stage.status == 'pending' else ''}{duration(stage.seconds)}"
 
 
 def duration(seconds: float) -> str:

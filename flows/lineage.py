@@ -260,7 +260,6 @@ def _told(artifact: Artifact, made: Snapshot | None, defaults: Mapping[str, Any]
     """`artifact` with what its snapshot says of it."""
     if made is None:
         return artifact
-    files = [file for shard in made.shards for file in shard.files] + [*made.files]
     then = settings.of_stage(made.stage, made.config)
     return artifact.model_copy(
         update={
@@ -269,7 +268,7 @@ def _told(artifact: Artifact, made: Snapshot | None, defaults: Mapping[str, Any]
             "seconds": made.seconds,
             "samples": made.samples if made.shards else None,
             "shards": len(made.shards) or None,
-            "bytes": sum(file.bytes for file in files),
+            "bytes": made.bytes,
             "settings": {p: (defaults[p], v) for p, v in then.items() if p in defaults and defaults[p] != v},
             "source": _source(made),
             "grown_from": made.config.get("after") or None,

@@ -11,6 +11,7 @@ from data.config import fingerprint, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import Snapshot, load_snapshot, snapshots
 from flows import placing, settings
+from flows.estimates import Spending, estimate
 from flows.graph import Node
 from flows.placing import Place
 from flows.recipes import Recipe
@@ -28,8 +29,8 @@ class PlannedStage:
     inputs: Mapping[str, InputRef]
     status: Literal["cached", "pending"]
     reason: str
-    seconds: float | None
-    """cached: what it took; pending: an estimate, None where there is nothing to go by."""
+    spending: Spending
+    """cached: what it took; pending: an estimate."""
     snapshot: Snapshot | None
 
     @property
@@ -55,6 +56,9 @@ class PlannedStage:
             "status": self.status,
             "reason": self.reason,
             "uri": self.folder,
+            "seconds": self.spending.seconds,
+            "device_seconds": dict(self.spending.device_seconds),
+            "bytes": self.spending.bytes,
         }
 
 
@@ -117,7 +121,7 @@ def _look_up(
     snapshot, damage = _load(folder, name)
     stale = snapshot and _stale(snapshot, inputs, planned)
     if snapshot and not stale:
-        return PlannedStage(place, name, inputs, "cached", "", snapshot.seconds, snapshot)
+        return PlannedStage(place, name, inputs, "cached", "", Spending.of(snapshot), snapshot)
     earlier = _nearest(node, folder, inputs)
     grows = (
         (place.reason or "new shards") if node.stage.grows and earlier and earlier.folder == folder else ""
@@ -130,10 +134,8 @@ def _look_up(
         or _continues(place, inputs, planned)
         or _changes(node, inputs, earlier)
     )
-    seconds = _estimate(recipe, node, earlier)
-    if grows and earlier and seconds is not None:
-        seconds *= max(1, place.new_shards) / max(1, len(earlier.shards))
-    return PlannedStage(place, name, inputs, "pending", reason, seconds, None)
+    growth = max(1, place.new_shards) / max(1, len(earlier.shards)) if grows and earlier else 1.0
+    return PlannedStage(place, name, inputs, "pending", reason, estimate(recipe, node, earlier, growth), None)
 
 
 def _load(folder: str, name: str) -> tuple[Snapshot | None, str]:
@@ -225,11 +227,3 @@ def _differences(node: Node, inputs: Mapping[str, InputRef], earlier: Snapshot) 
         if role in earlier.parents and earlier.parents[role].fingerprint != ref.fingerprint:
             found.append(f"{ref.stage} changed")
     return found
-
-
-def _estimate(recipe: Recipe, node: Node, earlier: Snapshot | None) -> float | None:
-    if earlier is not None and earlier.seconds:
-        now, then = settings.flat(result_fields(node.config)), settings.flat(earlier.config)
-        scale = (now.get("max_steps") or 1) / (then.get("max_steps") or 1)
-        return earlier.seconds * scale * ((now.get("num_images") or 1) / (then.get("num_images") or 1))
-    return recipe.expected_seconds.get(node.name)

@@ -21,6 +21,7 @@ from stages.embed import EmbedConfig
 from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
+from stages.spending import PricesConfig
 from training.metrics import gates
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig
@@ -82,6 +83,7 @@ class Recipe(Config):
     prior: PriorConfig = PriorConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     evaluate: EvaluationConfig = EvaluationConfig()
+    prices: PricesConfig = PricesConfig()
     expected_seconds: dict[str, float] = operational(
         {},
         description="measured wall time per stage on two CPU cores, until this root has timings of its own",

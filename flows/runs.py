@@ -175,6 +175,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
             gates=config.gates,
             sweeps=sweeps(storage.join(plan.root, plan.run)),
             config=plan.recipe.model_dump(mode="json"),
+            prices=plan.recipe.prices,
         )
     return StageSpec(
         stage=stage.name,

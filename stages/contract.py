@@ -12,6 +12,7 @@ from data import manifest, storage
 from data.config import Config, operational, result_fields
 from data.errors import CorruptArtifact
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, Word
+from stages import spending
 
 STOP_SECONDS = 60
 """Between the SIGTERM of a job and its SIGKILL. Ray's default is 3."""
@@ -176,6 +177,9 @@ def commit(
         facts=facts or {},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),
+        device_seconds=spending.spent(workspace.folder, workspace.fingerprint),
     )
     storage.remove_drafts(workspace.folder)
-    return manifest.publish_snapshot(workspace.folder, snapshot)
+    published = manifest.publish_snapshot(workspace.folder, snapshot)
+    spending.settle(workspace.folder, workspace.fingerprint)
+    return published

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from data import manifest
 from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
-from stages import cluster, logs, telemetry
+from stages import cluster, logs, spending, telemetry
 from stages.contract import STOPPING_SECONDS, FanoutConfig, Workspace
 
 log = logging.getLogger("darkroom.shards")
@@ -112,7 +112,9 @@ class _Pool:
         self.attempts = {task.index: 0 for task in todo}
         self.began: dict[int, float] = {}
         gpus = self.config.num_gpus
-        self.clock = telemetry.Clock("gpu" if gpus else "cpu", gpus or 1.0)
+        self.meter = spending.Meter(
+            workspace.folder, workspace.fingerprint, "gpu" if gpus else "cpu", gpus or 1.0
+        )
         self.quarantine: dict[int, str] = {}
         self.running: dict[Any, tuple[ShardTask, Any]] = {}
         self.computed: list[tuple[ShardTask, Any]] = []
@@ -143,7 +145,7 @@ class _Pool:
         self.computed.clear()
         at_work = [*self.running, *self.writing, *self.starting]
         ready, _ = ray.wait(at_work, num_returns=1, timeout=2.0)
-        self.clock.tell(workers=len(self.idle) + len(self.running))
+        self.meter.tell(workers=len(self.idle) + len(self.running))
         telemetry.tell("darkroom_shards_waiting", len(self.waiting))
         settled = [self._settle(reference) for reference in ready if reference not in self.starting]
         for reference in ready:
@@ -172,6 +174,7 @@ class _Pool:
     def close(self) -> None:
         import ray
 
+        self.meter.note()
         busy = [actor for _, actor in (*self.running.values(), *self.computed, *self.writing.values())]
         for actor in {*self.idle, *self.starting.values(), *busy}:
             ray.kill(actor)

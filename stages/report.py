@@ -22,6 +22,7 @@ from data.config import Config, operational
 from data.errors import GateFailed
 from data.loader import ColumnSet
 from data.manifest import START, Ledger, Parent, Snapshot, file_record
+from stages import spending
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.pictures import png
 from stages.prompts import read_prompts
@@ -42,6 +43,7 @@ from stages.report_page import (
     Variation,
     render,
 )
+from stages.spending import PricesConfig
 from training.metrics.comparison import Measured
 from training.metrics.gates import Verdict, judge, parsed
 from training.metrics.protocol import Protocol
@@ -89,6 +91,7 @@ class ReportConfig(Config):
     plan: tuple[dict[str, Any], ...] = operational(())
     config: dict[str, Any] = operational({})
     sweeps: tuple[Sweep, ...] = operational((), description="trade-off curves to draw")
+    prices: PricesConfig = operational(PricesConfig(), description="what devices cost")
 
 
 def run(config: ReportConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
@@ -113,13 +116,14 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
     inputs = {role: snapshot for role, snapshot in inputs.items() if not role.startswith(BASELINE)}
     measured = _measured(inputs["evaluate"])
     data = ColumnSet([inputs["data"]])
-    plan = tuple(_stage_run(row, inputs) for row in config.plan)
+    plan = tuple(_stage_run(row, inputs, config.prices) for row in config.plan)
     return ReportData(
         title=f"{config.recipe} · {config.run}",
         run=config.run,
         recipe=config.recipe,
         created=datetime.now(UTC),
         seconds=sum(row.seconds for row in plan),
+        spent=_spent(plan, config.prices),
         summary=_summary(measured, inputs),
         plan=plan,
         dataset=_dataset(inputs["data"], data),
@@ -157,7 +161,13 @@ def _gates(config: ReportConfig, inputs: Inputs) -> tuple[Verdict, ...]:
     return tuple(judge(parsed(gate), own, baselines) for gate in config.gates)
 
 
-def _stage_run(row: dict[str, Any], inputs: Inputs) -> StageRun:
+def _spent(plan: Sequence[StageRun], prices: PricesConfig) -> str:
+    """`0.35 CPU-hours, 0.02 USD`: what the stages spent together; empty where none knows."""
+    whole = spending.total(stage.device_seconds for stage in plan)
+    return ", ".join(filter(None, (spending.hours(whole), prices.told(whole))))
+
+
+def _stage_run(row: dict[str, Any], inputs: Inputs, prices: PricesConfig) -> StageRun:
     snapshot = inputs.get("data" if row["name"] == "shard" else row["name"])
     shards = len(snapshot.shards) if snapshot else 0
     return StageRun(
@@ -168,13 +178,10 @@ def _stage_run(row: dict[str, Any], inputs: Inputs) -> StageRun:
         fingerprint=row["fingerprint"],
         samples=snapshot.samples if snapshot and shards else None,
         shards=shards or None,
-        bytes=_bytes(snapshot) if snapshot else None,
+        bytes=snapshot.bytes if snapshot else None,
+        devices=spending.hours(snapshot.device_seconds) if snapshot else "",
+        cost=prices.told(snapshot.device_seconds) if snapshot else "",
     )
-
-
-def _bytes(snapshot: Snapshot) -> int:
-    files = [*snapshot.files, *(file for shard in snapshot.shards for file in shard.files)]
-    return sum(file.bytes for file in files)
 
 
 def _summary(measured: dict[str, Any], inputs: Inputs) -> str:
@@ -204,7 +211,7 @@ def _dataset(snapshot: Snapshot, data: ColumnSet) -> Dataset:
     return Dataset(
         pairs=snapshot.samples,
         shards=len(snapshot.shards),
-        bytes=_bytes(snapshot),
+        bytes=snapshot.bytes,
         caption_lengths=dict(lengths),
         image_sizes=dict(sizes),
         samples=tuple(Picture(png=png(image), caption=caption) for image, caption in pictures),

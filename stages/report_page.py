@@ -38,10 +38,13 @@ class StageRun:
     seconds: float
     """Wall time; of a cached stage, what it took when it ran."""
     fingerprint: str
-    attempts: int | None = None
     samples: int | None = None
     shards: int | None = None
     bytes: int | None = None
+    devices: str = ""
+    """Hours that workers held devices, in every attempt."""
+    cost: str = ""
+    """What that cost, with its currency; empty without prices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +194,8 @@ class ReportData:
     created: datetime
     """Aware; shown in UTC."""
     seconds: float
+    spent: str = ""
+    """What devices and money the stages took together."""
     summary: str
     """One sentence with the main score."""
     plan: tuple[StageRun, ...] = ()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,19 +60,6 @@ def tell_shard(record: ShardRecord, samples: int, seconds: float) -> None:
     for outcome in ("filtered", "failed"):
         for reason, count in getattr(record.ledger, outcome).items():
             tell("darkroom_rows", count, outcome=outcome, reason=reason)
-
-
-class Clock:
-    """Counts the time that workers hold their devices, `each` of them per worker, from its making on."""
-
-    def __init__(self, device: str, each: float = 1.0) -> None:
-        self.device, self.each, self.since = device, each, time.monotonic()
-
-    def tell(self, workers: int) -> None:
-        """Counts the time since the last call, for as many workers as there are now."""
-        now = time.monotonic()
-        tell("darkroom_device_seconds", workers * self.each * (now - self.since), device=self.device)
-        self.since = now
 
 
 def tell_row(row: Mapping[str, Any], batch_size: int) -> None:

@@ -12,7 +12,7 @@ from data import storage
 from data.errors import DarkroomError, StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import START, Snapshot, load_snapshot
-from stages import cluster, logs, model_card, publishing
+from stages import cluster, logs, model_card, publishing, spending
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import STOPPING_SECONDS, Inputs, Stage, Workspace, commit
@@ -195,7 +195,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=cluster.num_gpus() > 0,
-            resources_per_worker={"CPU": max(1, min(16, cluster.num_cpus() // config.num_workers))},
+            resources_per_worker={"CPU": _cpus_of_a_worker(config)},
         ),
         run_config=RunConfig(
             name=f"{name}-{time.time_ns():x}",  # Ray's own record of a run is never resumed from: ours is
@@ -205,6 +205,10 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     )
     _watch(trainer.fit, board, config, workspace)
     storage.remove_tree(records)
+
+
+def _cpus_of_a_worker(config: TrainConfig) -> int:
+    return max(1, min(16, cluster.num_cpus() // (config.num_workers or 1)))
 
 
 def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: Workspace) -> None:
@@ -233,8 +237,10 @@ def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: 
 
     seen, moved = -1, time.monotonic()
     has_ended = False
+    meter = _meter(config, workspace)
     while not has_ended:
         has_ended = ended.wait(0.5)
+        meter.tell(workers=config.num_workers or 1)
         step, loss, rate = ray.get(board.read.remote())
         if step != seen:
             seen, moved = step, time.monotonic()
@@ -248,6 +254,14 @@ def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: 
             raise StageFailed(
                 f"training made no step for {workspace.fanout.stall_seconds:.0f} s (fanout.stall_seconds)"
             )
+    meter.note()
+
+
+def _meter(config: TrainConfig, workspace: Workspace) -> spending.Meter:
+    place = (workspace.folder, workspace.fingerprint)
+    if cluster.num_gpus():
+        return spending.Meter(*place, "gpu")
+    return spending.Meter(*place, "cpu", _cpus_of_a_worker(config))
 
 
 def _capture(fit: Callable[[], Any], failure: list[BaseException], ended: threading.Event) -> None:

@@ -115,10 +115,7 @@ def _reports(spec: dict[str, Any]) -> tuple[Callable[[loop.Row], None], Callable
     )
     place = {"devices": distributed.world_size(), "device": _device_name()}
 
-    clock = telemetry.Clock(distributed.device().type.replace("cuda", "gpu"))
-
     def report(row: loop.Row) -> None:
-        clock.tell(workers=distributed.world_size())
         telemetry.tell_row(row, config.batch_size)
         board.write.remote(row["step"], row["loss"], row["samples_per_second"])
         kept.write({**row, **place})

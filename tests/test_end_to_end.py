@@ -60,6 +60,12 @@ def test_a_run_ends_with_a_report_and_a_sound_store(undisturbed):
         "prior_cosine",
     } == set(printed["metrics"])
     page = Path(printed["report"]).read_text()
+    spent = [
+        json.loads(path.read_bytes())["device_seconds"]
+        for path in root.glob("store/*/*/_meta/snapshots/*.json")
+    ]
+    assert sum(s.get("cpu", 0) > 0 for s in spent) == len(STAGES) - 1, "all but the report held devices"
+    assert "CPU-hours" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/png;base64" in page
     verdict = subprocess.run(
         [sys.executable, "-m", "flows.cli", "verify", str(root), "--json"],

@@ -8,6 +8,7 @@ import sys
 from data.errors import UserError
 from flows import console, places, runs
 from flows.plan import Plan
+from flows.plan_table import show_plan
 from flows.planning import prepare_plan, recipe_plan
 
 
@@ -18,7 +19,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.emit({"recipe": plan.recipe.name, "stages": [stage.as_json() for stage in plan.stages]})
     else:
-        console.show_plan(plan, plan.stages)
+        show_plan(plan, plan.stages)
     return 1 if arguments.check and plan.pending else 0
 
 
@@ -47,7 +48,7 @@ def submit(arguments: argparse.Namespace) -> int:
     console.set_up_logging(verbose=arguments.verbose)
     plan, address = _recipe_plan(arguments), arguments.address
     if not arguments.json:
-        console.show_plan(plan, plan.stages)
+        show_plan(plan, plan.stages)
     job = None
     if plan.pending:
         places.make_folder(plan.root)
@@ -87,7 +88,7 @@ def prepare(arguments: argparse.Namespace) -> int:
 def _carry_out(plan: Plan, names: list[str], arguments: argparse.Namespace) -> int:
     console.set_up_logging(verbose=arguments.verbose)
     if not arguments.json:
-        console.show_plan(plan, [stage for stage in plan.stages if stage.name in names])
+        show_plan(plan, [stage for stage in plan.stages if stage.name in names])
     places.make_folder(plan.root)
     with console.quiet_stdout():
         record = runs.carry_out(plan, names=names, address=arguments.address, verbose=arguments.verbose)

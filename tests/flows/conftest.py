@@ -52,6 +52,7 @@ def publish() -> Callable[[Sequence[PlannedStage]], dict[str, Snapshot]]:
                 parents=parents,
                 created="2026-01-01T00:00:00+00:00",
                 seconds=100.0,
+                device_seconds={"cpu": 180.0},
             )
             made[stage.name] = publish_snapshot(stage.folder, snapshot)
         return made

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from flows import console
+from flows.plan_table import show_plan
 
 SCORES = [
     {
@@ -48,7 +49,7 @@ def test_a_plan_cuts_no_word_and_fits(plan_of, publish, monkeypatch, width):
         "denoiser.weight_decay=0.0321",
         "prior.num_layers=9",
     )
-    text = shown(monkeypatch, width, lambda: console.show_plan(plan, plan.stages))
+    text = shown(monkeypatch, width, lambda: show_plan(plan, plan.stages))
     assert all(len(line) <= width for line in text.splitlines())
     assert "…" not in text
     for stage in plan.stages:
@@ -58,21 +59,34 @@ def test_a_plan_cuts_no_word_and_fits(plan_of, publish, monkeypatch, width):
     assert plan.run in text and "5 of 10 stages to run, about 8:20 min" in text
 
 
+def test_a_plan_tells_what_it_will_take_and_cost_where_that_is_known(plan_of, publish, monkeypatch):
+    prices = ("prices.cpu_hour=0.5", "prices.currency=EUR")
+    publish(plan_of().stages)
+    plan = plan_of("prior.learning_rate=0.0123", *prices)
+    told = "4 of 10 stages to run, about 6:40 min, 0.2 CPU-hours, 0.1 EUR"
+    narrow = shown(monkeypatch, 100, lambda: show_plan(plan, plan.stages))
+    assert told in narrow and "~0.05 CPU-hours" not in narrow
+    wide = shown(monkeypatch, 140, lambda: show_plan(plan, plan.stages))
+    assert told in wide and wide.count("~0.05 CPU-hours") == wide.count("~0.025 EUR") == 4
+    plan = plan_of("prior.learning_rate=0.0123")
+    assert "EUR" not in shown(monkeypatch, 140, lambda: show_plan(plan, plan.stages))
+
+
 def test_a_plan_shows_the_stages_asked_for(plan_of, monkeypatch):
     plan = plan_of()
-    text = shown(monkeypatch, 80, lambda: console.show_plan(plan, plan.stages[:1]))
+    text = shown(monkeypatch, 80, lambda: show_plan(plan, plan.stages[:1]))
     assert "1 of 1 stages to run" in text and "denoiser" not in text
 
 
 def test_a_full_store_is_said_in_words(plan_of, publish, monkeypatch):
     publish(plan_of().stages)
     plan = plan_of()
-    assert "everything is cached" in shown(monkeypatch, 80, lambda: console.show_plan(plan, plan.stages))
+    assert "everything is cached" in shown(monkeypatch, 80, lambda: show_plan(plan, plan.stages))
 
 
 def test_a_plan_says_which_weights_come_from_elsewhere(plan_of, monkeypatch):
     plan = plan_of("clip.pretrained=ViT-L-14/openai")
-    text = shown(monkeypatch, 80, lambda: console.show_plan(plan, plan.stages))
+    text = shown(monkeypatch, 80, lambda: show_plan(plan, plan.stages))
     assert "clip weights: ViT-L-14/openai (downloaded when the run starts" in text
 
 

@@ -42,7 +42,7 @@ def test_a_full_store_has_nothing_pending(plan_of, publish):
     publish(plan_of().stages)
     plan = plan_of()
     assert plan.pending == ()
-    assert {stage.seconds for stage in plan.stages} == {100.0}
+    assert {stage.spending.seconds for stage in plan.stages} == {100.0}
 
 
 def test_a_plan_is_a_function_of_its_recipe(plan_of):
@@ -142,9 +142,18 @@ def test_with_a_cosine_schedule_a_longer_training_starts_anew_and_the_plan_says_
 def test_the_estimate_of_a_changed_stage_scales_the_last_timing_with_its_steps(plan_of, publish):
     plan = plan_of("denoiser.max_steps=100")
     publish(plan.stages)
-    longer = {stage.name: stage.seconds for stage in plan_of("denoiser.max_steps=300").pending}
-    assert longer["denoiser"] == pytest.approx(300.0)
-    assert longer["generate"] == pytest.approx(100.0)
+    longer = {stage.name: stage.spending for stage in plan_of("denoiser.max_steps=300").pending}
+    assert longer["denoiser"].seconds == pytest.approx(300.0)
+    assert longer["denoiser"].device_seconds == pytest.approx({"cpu": 540.0})
+    assert longer["generate"].seconds == pytest.approx(100.0)
+
+
+def test_what_a_stage_will_spend_is_unknown_until_one_like_it_was_made(plan_of, publish):
+    assert {bool(stage.spending.device_seconds) for stage in plan_of().stages} == {False}
+    publish(plan_of().stages)
+    row = plan_of("evaluate.num_images=1200").stages[-3].as_json()
+    assert row["name"] == "generate" and row["status"] == "pending"
+    assert row["device_seconds"] == pytest.approx({"cpu": 360.0}) and row["seconds"] == pytest.approx(200.0)
 
 
 def test_the_nearest_artifact_explains_the_change(plan_of, publish):

@@ -1,0 +1,90 @@
+"""What a stage spends is counted over all of its attempts, and priced by device."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from data.config import Config
+from data.manifest import load_snapshot
+from stages import spending
+from stages.contract import Stage, Workspace, commit
+from stages.spending import Meter, PricesConfig
+
+NOTHING = Stage(
+    name="nothing",
+    version=1,
+    reads=lambda _: frozenset(),
+    writes=lambda _: frozenset(),
+    config=Config,
+    run=lambda *_: pytest.fail("is not run"),
+)
+
+
+def test_a_cost_is_hours_times_prices():
+    prices = PricesConfig(cpu_hour=0.04, gpu_hour=2.5, currency="EUR")
+    assert prices.cost({"cpu": 7200.0, "gpu": 1800.0}) == pytest.approx(2 * 0.04 + 0.5 * 2.5)
+    assert prices.told({"cpu": 7200.0, "gpu": 1800.0}) == "1.33 EUR"
+    assert prices.told({"cpu": 1800.0}) == "0.02 EUR"
+
+
+def test_without_a_price_for_each_device_nothing_is_said_of_money():
+    assert PricesConfig(gpu_hour=2.5).told({"cpu": 3600.0, "gpu": 3600.0}) == ""
+    assert PricesConfig(gpu_hour=2.5).told({}) == PricesConfig().told({"cpu": 1.0}) == ""
+
+
+def test_a_price_is_not_negative():
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        PricesConfig(cpu_hour=-1.0)
+
+
+def test_hours_name_their_devices():
+    assert spending.hours({"gpu": 7200.0, "cpu": 1260.0}) == "0.35 CPU-hours, 2 GPU-hours"
+    assert spending.hours({}) == ""
+
+
+def test_every_worker_counts_for_as_long_as_it_holds_its_devices(tmp_path: Path):
+    began = time.monotonic()
+    meter = Meter(str(tmp_path), "f" * 12, "gpu", each=0.5)
+    time.sleep(0.2)
+    meter.tell(workers=4)
+    meter.tell(workers=0)
+    meter.note()
+    (held,) = spending.spent(str(tmp_path), "f" * 12).values()
+    assert 4 * 0.5 * 0.2 <= held <= 4 * 0.5 * (time.monotonic() - began)
+
+
+def test_time_passes_into_the_store_so_that_a_killed_attempt_counts(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(spending, "NOTED_EVERY_SECONDS", 0.05)
+    killed = Meter(str(tmp_path), "f" * 12, "cpu")
+    time.sleep(0.1)
+    killed.tell(workers=1)  # and no word more
+    again, other = Meter(str(tmp_path), "f" * 12, "cpu"), Meter(str(tmp_path), "e" * 12, "cpu")
+    time.sleep(0.1)
+    again.tell(workers=1)
+    other.tell(workers=100)
+    held = spending.spent(str(tmp_path), "f" * 12)
+    assert held["cpu"] == pytest.approx(killed.seconds + again.seconds, abs=2e-3) and held["cpu"] >= 0.2
+
+
+def test_a_snapshot_holds_what_was_spent_and_is_the_same_whatever_that_was(tmp_path: Path):
+    digests = []
+    for workers in (1, 50):
+        workspace = Workspace(str(tmp_path / str(workers)), "f" * 12)
+        meter = Meter(workspace.folder, workspace.fingerprint, "cpu")
+        time.sleep(0.02)
+        meter.tell(workers)
+        meter.note()
+        made = commit(NOTHING, Config(), {}, workspace, started=time.monotonic())
+        kept = load_snapshot(workspace.folder, workspace.fingerprint)
+        assert (
+            kept
+            and kept.device_seconds == made.device_seconds
+            and made.device_seconds["cpu"] >= 0.02 * workers
+        )
+        assert spending.spent(workspace.folder, workspace.fingerprint) == {}, "told once"
+        digests.append(made.digest)
+    assert len(set(digests)) == 1
