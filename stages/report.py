@@ -123,7 +123,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         recipe=config.recipe,
         created=datetime.now(UTC),
         seconds=sum(row.seconds for row in plan),
-        spent=_spent(plan, config.prices),
+        spent=_spent(inputs, config.prices),
         summary=_summary(measured, inputs),
         plan=plan,
         dataset=_dataset(inputs["data"], data),
@@ -161,9 +161,9 @@ def _gates(config: ReportConfig, inputs: Inputs) -> tuple[Verdict, ...]:
     return tuple(judge(parsed(gate), own, baselines) for gate in config.gates)
 
 
-def _spent(plan: Sequence[StageRun], prices: PricesConfig) -> str:
+def _spent(inputs: Inputs, prices: PricesConfig) -> str:
     """`0.35 CPU-hours, 0.02 USD`: what the stages spent together; empty where none knows."""
-    whole = spending.total(stage.device_seconds for stage in plan)
+    whole = spending.total(snapshot.device_seconds for snapshot in inputs.values())
     return ", ".join(filter(None, (spending.hours(whole), prices.told(whole))))
 
 

@@ -111,7 +111,8 @@ def test_a_plan_in_json_is_the_only_thing_on_stdout(tmp_path, capsys):
     document = json.loads(printed)
     assert set(document) == {"recipe", "stages"} and document["recipe"] == "demo"
     assert all(
-        set(stage) == {"name", "fingerprint", "status", "reason", "uri"} for stage in document["stages"]
+        set(stage) == {"name", "fingerprint", "status", "reason", "uri", "seconds", "device_seconds", "bytes"}
+        for stage in document["stages"]
     )
     assert {stage["status"] for stage in document["stages"]} == {"pending"}
     assert document["stages"][0]["uri"].startswith(f"{tmp_path}/store/shard/")
