@@ -67,6 +67,7 @@ class JobClient:
             Unanswered,
             RuntimeError,
             KeyError,
+            TypeError,
             ValueError,
         ) as error:  # another server's answer is anything
             raise UserError(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -386,12 +386,15 @@ def test_code_that_is_sent_along_runs_and_another_version_of_a_stage_is_refused(
 class Elsewhere(BaseHTTPRequestHandler):
     """A job server of another Ray, as far as the first question goes: two of Ray do not fit into one environment."""
 
+    ANSWERS: ClassVar = {
+        "/api/version": b'{"ray_version": "2.9.3", "version": "4"}',
+        "/prefect/api/version": b'"3.8.8"',
+    }
+
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(
-            b'{"ray_version": "2.9.3", "version": "4"}' if self.path == "/api/version" else b"<html>"
-        )
+        self.wfile.write(self.ANSWERS.get(self.path, b"<html>"))
 
     def log_message(self, *_: object) -> None:
         pass
@@ -410,8 +413,10 @@ def test_an_address_without_a_fitting_job_server_is_one_sentence(tmp_path):
             2,
             1,
         ) and "runs Ray 2.9.3, and this Darkroom needs Ray 2.6" in said
-        code, said = end(start(spec, tmp_path, f"{address}/other", None))
-        assert (code, said.count("\n")) == (2, 1) and "no job server of a Ray cluster answers there" in said
+        for other in ("other", "prefect"):
+            code, said = end(start(spec, tmp_path, f"{address}/{other}", None))
+            assert (code, said.count("\n")) == (2, 1), said
+            assert "no job server of a Ray cluster answers there" in said
     finally:
         server.shutdown()
         server.server_close()
