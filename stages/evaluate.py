@@ -20,6 +20,7 @@ from data.errors import StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record
 from data.sources import Prompt
+from stages.accumulating import accumulate_on_cluster
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
 from stages.measured_under import Against, Looked, clip_of, protocol_of
@@ -224,7 +225,7 @@ def _sample(
     if name == "clip":
         fake, text = (_stored(folder, column, measured[GENERATED]) for column in ("img_emb", "text_emb"))
         real = ColumnSet([inputs["data"], inputs["embed"]]).rows("img_emb", rows)
-        return Sample(fake, Gaussian.fitted(real), real, text), clip_of(inputs), against
+        return _against_real(fake, real, text=text), clip_of(inputs), against
     path, custom = config.weights[extractors.weights_of(name)]
     looked = {
         "extractor": name,
@@ -238,9 +239,14 @@ def _sample(
         reference = reference_statistics(config.reference) if config.reference else None
         if config.reference and reference:
             against = {"reference": checksum_of(config.reference).sha256, "reference_n": reference.n or 0}
-        return Sample(fake, reference, head=head), looked, against
+        return Sample(fake, reference, head=head, accumulate=accumulate_on_cluster), looked, against
     real = _stored(folder, name, measured[REFERENCE])
-    return Sample(fake, Gaussian.fitted(real), real, head=head), looked, against
+    return _against_real(fake, real, head=head), looked, against
+
+
+def _against_real(fake: np.ndarray, real: np.ndarray, **more: Any) -> Sample:
+    reference = Gaussian.fitted(real, accumulate_on_cluster)
+    return Sample(fake, reference, real, accumulate=accumulate_on_cluster, **more)
 
 
 def _parts(

@@ -27,6 +27,7 @@ from stages import embed, encode, evaluate, generate, publishing, shard, train
 from stages.catalogue import STAGES
 from stages.contract import Workspace, commit
 from stages.fanout import ShardTask
+from training.metrics.moments import accumulate_here
 
 SETTINGS = {
     "source.count": 60,
@@ -83,6 +84,7 @@ def make(plan: Plan, stage: PlannedStage) -> Snapshot:
     with pytest.MonkeyPatch.context() as patch:
         for module in MAPPED:
             patch.setattr(module, "map_shards", inline)
+        patch.setattr(evaluate, "accumulate_on_cluster", accumulate_here)
         return STAGES[stage.name].run(config, inputs, workspace)
 
 

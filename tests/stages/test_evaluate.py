@@ -23,6 +23,7 @@ from flows import runs
 from stages import evaluate, generate
 from stages.contract import FanoutConfig, Inputs, Workspace
 from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.moments import accumulate_here
 from training.metrics.neighbours import neighbours
 from training.metrics.protocol import Protocol
 
@@ -33,9 +34,10 @@ BLOCK = 6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> Iterator[None]:
-    """Blocks of six, and the one thread that a worker has."""
+    """Blocks of six, the one thread that a worker has, and moments without Ray."""
     monkeypatch.setattr(generate, "BLOCK", BLOCK)
     monkeypatch.setattr(evaluate, "BLOCK", BLOCK)
+    monkeypatch.setattr(evaluate, "accumulate_on_cluster", accumulate_here)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,6 +19,7 @@ from training.metrics.extrapolation import frechet_at_infinity
 from training.metrics.frechet import Gaussian
 from training.metrics.inception_score import inception_score
 from training.metrics.intervals import Deletions, Estimate, frechet_estimate, mean_interval
+from training.metrics.moments import Accumulate, accumulate_here
 from training.metrics.neighbours import DENSITY_K, PRECISION_K, Neighbours, neighbours
 
 FRECHET_BLOCKS = 16
@@ -55,6 +56,8 @@ class Sample:
     """(M, D) embeddings of the captions of `fake`."""
     head: np.ndarray | None = None
     """(C, D) weights of a classifier on the features."""
+    accumulate: Accumulate = accumulate_here
+    """Where moments of `fake` are taken."""
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -87,7 +90,8 @@ class Metric:
 
 
 def _frechet(sample: Sample) -> Value:
-    found = frechet_estimate(_given(sample.reference), sample.fake, max_blocks=FRECHET_BLOCKS)
+    reference, accumulate = _given(sample.reference), sample.accumulate
+    found = frechet_estimate(reference, sample.fake, max_blocks=FRECHET_BLOCKS, accumulate=accumulate)
     return Value.of(found, at_least=0.0)
 
 

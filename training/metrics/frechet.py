@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from training.metrics.moments import Moments, finite_rows, moments_of
+from training.metrics.moments import Accumulate, Moments, accumulate_here, finite_rows, merge, runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +62,9 @@ class Gaussian:
         return cls(moments.mean, moments.covariance, moments.n)
 
     @classmethod
-    def fitted(cls, features: np.ndarray) -> Gaussian:
+    def fitted(cls, features: np.ndarray, accumulate: Accumulate = accumulate_here) -> Gaussian:
         """The Gaussian of `features` (N, D), which are kept where they are fewer than their dimensions."""
-        gaussian = cls.of(moments_of(features))
+        gaussian = cls.of(merge(accumulate(features, runs(len(features)))))
         return replace(gaussian, rows=features) if len(features) <= features.shape[1] else gaussian
 
     @cached_property

@@ -7,6 +7,7 @@ Legend: N samples, G blocks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from scipy import special
 
 from data.config import Config
 from training.metrics.frechet import Gaussian, frechet_distance
-from training.metrics.moments import Moments, moments_of, without
+from training.metrics.moments import Accumulate, Moments, accumulate_here, merge, runs, without
 
 MAX_BLOCKS = 32
 _Z = float(special.ndtri(0.975))
@@ -97,7 +98,11 @@ def mean_interval(values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> tuple[
 
 
 def frechet_estimate(
-    reference: Moments | Gaussian, features: np.ndarray, *, max_blocks: int = MAX_BLOCKS
+    reference: Moments | Gaussian,
+    features: np.ndarray,
+    *,
+    max_blocks: int = MAX_BLOCKS,
+    accumulate: Accumulate = accumulate_here,
 ) -> Estimate:
     """The Fréchet distance of `features` (N, D) from a fixed `reference`, and its deletions.
 
@@ -107,11 +112,14 @@ def frechet_estimate(
     blocks = index_blocks(len(features), max_blocks)
     reference = Gaussian.of(reference) if isinstance(reference, Moments) else reference
     few = len(features) <= features.shape[1]
-    whole = moments_of(features)
-    full = frechet_distance(reference, Gaussian.fitted(features) if few else whole).value
+    spans = runs(len(features))
+    found = accumulate(features, [*spans, *((int(b[0]), int(b[-1]) + 1) for b in blocks)])
+    whole = merge(itertools.islice(found, len(spans)))
+    everyone = Gaussian.of(whole)
+    full = frechet_distance(reference, replace(everyone, rows=features) if few else everyone).value
     deleted = []
-    for block in blocks:
-        rest = Gaussian.of(without(whole, moments_of(features[block[0] : block[-1] + 1])))
+    for block, part in zip(blocks, found, strict=True):
+        rest = Gaussian.of(without(whole, part))
         if few:
             rest = replace(rest, rows=np.delete(features, block, axis=0))
         deleted.append(frechet_distance(reference, rest, exact=False).value)

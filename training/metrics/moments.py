@@ -10,13 +10,20 @@ Legend: N samples, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 BLOCK = 256
 """Global indices per block. Changing it changes the last bits of every Fréchet distance."""
+RUN = 16 * BLOCK
+"""Rows that one worker merges alone: a power of two of blocks, so a run is a subtree and its split changes no bit."""
+
+Span = tuple[int, int]
+"""First row, and the row after the last."""
+Accumulate = Callable[[np.ndarray, Sequence[Span]], Iterator["Moments"]]
+"""The moments of each span of features (N, D), in order: `accumulate_here`, or the same on other machines."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,10 +44,20 @@ class Moments:
         return self.m2 / (self.n - 1)
 
 
-def moments_of(features: np.ndarray) -> Moments:
-    """The moments of `features` (N, D), row i having global index i. Raises ValueError as `block_moments` does."""
+def moments_of(features: np.ndarray, *, first_row: int = 0) -> Moments:
+    """The moments of `features` (N, D), row i having global index `first_row` + i. Raises ValueError as `block_moments` does."""
     starts = range(0, max(len(features), 1), BLOCK)
-    return merge(block_moments(features[start : start + BLOCK], first_row=start) for start in starts)
+    return merge(block_moments(features[at : at + BLOCK], first_row=first_row + at) for at in starts)
+
+
+def accumulate_here(features: np.ndarray, spans: Sequence[Span]) -> Iterator[Moments]:
+    """The moments of each span of `features`, one after the other, in this process."""
+    return (moments_of(features[start:stop], first_row=start) for start, stop in spans)
+
+
+def runs(num_rows: int) -> list[Span]:
+    """Spans whose moments `merge` into those of all rows, bit for bit what `moments_of` gives."""
+    return [(start, min(start + RUN, num_rows)) for start in range(0, max(num_rows, 1), RUN)]
 
 
 def block_moments(features_block: np.ndarray, *, first_row: int = 0) -> Moments:

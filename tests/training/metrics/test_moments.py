@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from training.metrics.moments import BLOCK, Moments, block_moments, merge, moments_of, without
+from training.metrics.moments import (
+    BLOCK,
+    RUN,
+    Moments,
+    accumulate_here,
+    block_moments,
+    merge,
+    moments_of,
+    runs,
+    without,
+)
 
 
 def draw(n: int, width: int, *, offset: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -55,6 +65,14 @@ def test_aligned_subtrees_may_be_merged_first():
     blocks = [block_moments(draw(BLOCK, 5, seed=seed)) for seed in range(8)]
     halves = [merge(blocks[:4]), merge(blocks[4:])]
     assert same_bits(merge(halves), merge(blocks))
+
+
+@pytest.mark.parametrize("n", [1, BLOCK, RUN, RUN + 1, 3 * RUN + 5 * BLOCK + 17, 4 * RUN])
+def test_runs_merge_to_the_bits_of_the_whole(n):
+    features = draw(n, 3).astype(np.float32)
+    spans = runs(n)
+    assert spans[0][0] == 0 and spans[-1][1] == n and len(spans) == -(-n // RUN)
+    assert same_bits(merge(accumulate_here(features, spans)), moments_of(features))
 
 
 def test_the_covariance_is_exactly_symmetric():
