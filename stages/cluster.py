@@ -29,6 +29,9 @@ _ENVIRONMENT = {
 _ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """Of a cluster of this machine alone: nobody gives it notice, and each process of Ray's takes seconds to import."""
 
+ANSWER_SECONDS = 20.0
+"""How long a head may take to answer its first question."""
+
 
 @contextmanager
 def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
@@ -121,10 +124,10 @@ def _attach(address: str, options: dict) -> None:
             f"--address {address}: this is carried out here, on a cluster at auto or HOST:PORT of a head"
         )
     head = _running_head() if address == "auto" else address
+    nothing = f"--address {address}: no Ray cluster answers there; start one with `ray start --head`, or use --address local"
     if head is None or not _answers(head):  # ray.init would try for minutes, or start a cluster of its own
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there; start one with `ray start --head`, or use --address local"
-        )
+        raise UserError(nothing)
+    _ask_head(address, head, nothing)
     try:
         ray.init(address=head, runtime_env=_runtime(), **options)
     except (ConnectionError, RuntimeError) as error:
@@ -137,6 +140,31 @@ def _attach(address: str, options: dict) -> None:
         raise UserError(
             f"--address {address}: asked for the cluster at {head}, attached to one at {attached}"
         )
+
+
+def _ask_head(address: str, head: str, nothing: str) -> None:
+    """Raises UserError where no head of a cluster answers, or one that does not take our token: ray.init asks for minutes."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.exceptions import AuthenticationError
+
+    try:
+        with init_grpc_channel(head, [("grpc.enable_http_proxy", 0)]) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER_SECONDS)
+    except AuthenticationError as error:
+        raise UserError(unauthorised(address, was_given=False)) from error
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.UNAUTHENTICATED:  # pyright: ignore[reportAttributeAccessIssue]
+            raise UserError(nothing) from error
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        raise UserError(unauthorised(address, was_given=has_token)) from error
+
+
+def unauthorised(address: str, *, was_given: bool) -> str:
+    """What to do where the cluster at `address` wants another token than it was given."""
+    if was_given:
+        return f"--address {address}: the cluster does not take this token: set RAY_AUTH_TOKEN to the cluster's own"
+    return f"--address {address}: the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's own"
 
 
 def _keep_handler(handler: Any) -> None:

@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from data.errors import UserError
+from stages.cluster import unauthorised
 
 REQUEST_SECONDS = 30.0
 logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
@@ -112,7 +113,8 @@ class JobClient:
         try:
             return ask(*args, **kwargs)
         except AuthenticationError as error:
-            raise UserError(_unauthorised(self.address, str(error))) from error
+            was_given = "invalid" in str(error).lower()
+            raise UserError(unauthorised(self.address, was_given=was_given)) from error
         except (requests.exceptions.RequestException, ConnectionError) as error:
             raise Unanswered(type(error).__name__) from error  # its text repeats the request
 
@@ -180,9 +182,3 @@ class Log:
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _unauthorised(address: str, said: str) -> str:
-    if "Invalid" in said or "invalid" in said:
-        return f"--address {address}: the cluster does not take this token: set RAY_AUTH_TOKEN to the cluster's own"
-    return f"--address {address}: the cluster wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's own"

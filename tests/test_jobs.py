@@ -354,10 +354,13 @@ def test_a_job_that_tells_nothing_any_more_is_stopped(cluster, tmp_path):
 
 def test_a_wrong_token_and_none_at_all_are_one_sentence_each(cluster, tmp_path):
     spec = shards(tmp_path, SMALL)
-    code, said = end(start(spec, tmp_path, cluster.http, "0" * 32))
-    assert (code, said.count("\n")) == (2, 1) and "does not take this token: set RAY_AUTH_TOKEN" in said
-    code, said = end(start(spec, tmp_path, cluster.http, None))
-    assert (code, said.count("\n")) == (2, 1) and "wants a token: set RAY_AUTH_MODE=token" in said
+    for address in (cluster.http, f"127.0.0.1:{cluster.port}"):
+        code, said = end(start(spec, tmp_path, address, "0" * 32))
+        assert (code, said.count("\n")) == (2, 1), said
+        assert "does not take this token: set RAY_AUTH_TOKEN" in said
+        code, said = end(start(spec, tmp_path, address, None))
+        assert (code, said.count("\n")) == (2, 1), said
+        assert "wants a token: set RAY_AUTH_MODE=token" in said
     assert cluster.jobs_of(spec.folder) == []
 
 

@@ -1,8 +1,13 @@
+import threading
+import time
+from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from typing import Any
 
 import pytest
 import ray
 
+from data.errors import UserError
 from stages import cluster
 
 BUSY = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
@@ -36,3 +41,19 @@ def test_any_other_failure_and_a_second_one_are_told(starts, ends):
     with pytest.raises(type(ends[0])):
         cluster._start({})
     assert starts == [None]
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_listens_and_is_no_head_is_refused_at_once(web_server):
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no Ray cluster answers there"):
+        cluster._attach(web_server, {})
+    assert time.monotonic() - began < cluster.ANSWER_SECONDS
