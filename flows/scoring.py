@@ -14,8 +14,8 @@ import numpy as np
 from data import storage
 from data.errors import UserError
 from training.metrics import references
-from training.metrics.catalogue import METRICS, Sample
-from training.metrics.extraction import extract, extract_arrays, picture_files, require_finite_rows
+from training.metrics.catalogue import METRICS, Sample, few
+from training.metrics.extraction import extract, extract_arrays, picture_files
 from training.metrics.extractors import WEIGHTS, Extractor, load, parse, weights_of
 from training.metrics.frechet import Gaussian
 from training.metrics.protocol import Protocol
@@ -68,7 +68,7 @@ def score(
             mine = [name for name in names if METRICS[name].extractor == extractor.name]
             texts = extractor.text(captions) if captions and extractor.text else None
             sample = _sample(extractor, reference, generated, texts)
-            warnings += _few(sample, extractor)
+            warnings += filter(None, [few(sample, extractor.name)])
             scores += [_score(name, sample, extractor, reference, generated) for name in mine]
     return {"real": real, "fake": fake, "scores": scores, "warnings": list(dict.fromkeys(warnings))}
 
@@ -134,7 +134,6 @@ def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report
             return replace(side, n=len(found.images), features=seen.features)
         references.require_match(found, extractor)
         if found.features is not None:
-            require_finite_rows(found.features, real)
             side.features[extractor.name] = found.features
         if found.gaussian is not None:
             side.gaussians[extractor.name] = found.gaussian
@@ -201,17 +200,6 @@ def _score(
         "meaning": f"{metric.meaning}; {found.note}" if found.note else metric.meaning,
         "protocol": protocol.model_dump(mode="json") | {"digest": protocol.digest},
     }
-
-
-def _few(sample: Sample, extractor: Extractor) -> list[str]:
-    width = sample.fake.shape[1]
-    counts = [len(sample.fake), *([sample.reference.n] if sample.reference and sample.reference.n else [])]
-    if min(counts) > width:
-        return []
-    return [
-        f"{min(counts)} images for the {width} dimensions of {extractor.name}: its Fréchet distances are mostly bias; compare "
-        "them only at equal numbers of images, and take more"
-    ]
 
 
 def _mixed_sizes(where: str, side: Side) -> list[str]:

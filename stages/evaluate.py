@@ -6,6 +6,7 @@ Legend: N generated images, M real ones that they are compared with, K real ones
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -27,12 +28,14 @@ from stages.measured_under import Against, Looked, clip_of, protocol_of
 from stages.measuring import GENERATED, ORIGINAL, PARTS, RECONSTRUCTED, REFERENCE, Measuring
 from stages.prompts import read_prompts
 from training.metrics import comparison, extractors, inception, scores
-from training.metrics.catalogue import METRICS, Metric, Sample
+from training.metrics.catalogue import METRICS, Metric, Sample, few
 from training.metrics.frechet import Gaussian
 from training.metrics.intervals import Deletions, Estimate
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.references import read_reference
 from training.systems.embeddings import spread_indices
+
+log = logging.getLogger("darkroom.evaluate")
 
 BLOCK = 50
 SCORES = "scores.json"
@@ -131,6 +134,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
         measured = _measure(config, inputs, workspace.folder, by_kind)
     except ValueError as error:  # a metric refuses what it was given, such as features that hold NaN
         raise StageFailed(f"no scores: {error}") from error
+    for sentence in measured["warnings"]:
+        log.warning("%s", sentence)
     storage.write_bytes(storage.join(workspace.folder, SCORES), json.dumps(measured, indent=1).encode())
     facts = {"scores": {s["name"]: s["value"] for s in measured["scores"]}}
     files = (file_record(workspace.folder, SCORES),)
@@ -187,9 +192,11 @@ def _measure(
         (score, _accuracy_deletions(score.name, correct, prompts))
         for score in scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts])
     ]
+    warnings: list[str] = []
     looked, against = {"clip": clip_of(inputs)}, {"parts": _training_images(inputs)}
     for name in ("clip", *config.extractors):
         sample, looked[name], against[name] = _sample(name, config, inputs, folder, measured)
+        warnings += filter(None, [few(sample, name)])
         mine = [metric for metric in config.chosen if METRICS[metric].extractor == name]
         found += [scores.distribution_score(metric, sample) for metric in mine]
     cosines, of_parts = _parts(config, inputs, folder, measured[PARTS])
@@ -202,6 +209,7 @@ def _measure(
         "prior": [score.model_dump() for score in cosines],
         "attributes": _attributes(images, prompts),
         "correct": correct,
+        "warnings": warnings,
     }
 
 
@@ -312,7 +320,7 @@ def _stored(folder: str, name: str, records: Sequence[ShardRecord]) -> np.ndarra
 
 STAGE = Stage(
     name="evaluate",
-    version=3,
+    version=4,
     reads=lambda _: frozenset({"image", "caption", "img_emb", "text_emb", "generated"}),
     writes=lambda _: frozenset(),
     config=EvaluateConfig,

@@ -169,6 +169,9 @@ def test_pictures_that_make_no_distribution_are_refused(folders, clip, complaint
     (tmp_path / "empty").mkdir()
     assert "is empty" in refused(tmp_path / "empty")
     assert "has one picture, 0000.png" in refused(draw(tmp_path / "one", 1, 2))
+    assert "fd_clip: its interval leaves samples out, so it needs at least 3 of them, got 2" in refused(
+        draw(tmp_path / "two", 2, 2)
+    )
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("no picture")
     assert "has no pictures" in refused(tmp_path / "notes")
@@ -228,5 +231,18 @@ def test_statistics_of_another_extractor_or_width_or_kind_are_refused(folders, c
     (tmp_path / "text.npz").write_text("not an archive")
     assert "no .npz file of plain arrays" in refused(tmp_path / "text.npz")
     assert "does not exist" in refused(tmp_path / "absent.npz")
+    for name, feats, what in (
+        ("nan", np.full((9, 8), np.nan), "no matrix (N, D) of finite floats"),
+        ("whole", np.zeros((9, 8), np.int64), "no matrix (N, D) of finite floats"),
+        ("single", np.zeros((1, 8)), "features of 1 pictures: a distribution needs many"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", feats=feats)
+        assert what in refused(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8))
+    assert "has 1 pictures" in refused(tmp_path / "one.npz")
+    np.savez(tmp_path / "many.npz", mu=np.zeros(8), sigma=np.eye(8), n=np.array("many"))
+    assert "its n is no number of pictures" in refused(tmp_path / "many.npz")
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(8), sigma=-np.eye(8))
+    assert "sigma has negative variances" in refused(tmp_path / "negative.npz")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(len))
     assert "it names builtins.len" in refused(tmp_path / "evil.pkl")

@@ -92,6 +92,18 @@ def test_the_tail_is_neither_dropped_nor_repeated(untrained_run, tmp_path, monke
     assert n["prompt_accuracy"] + n["prompt_accuracy_heldout"] == 26
 
 
+def test_fewer_images_than_dimensions_are_said_as_score_says_it(untrained_run, tmp_path, monkeypatch, caplog):
+    plan = untrained.plan_of(untrained_run[0], evaluate__reference_images=9)
+    spec = next(runs.spec_of(plan, stage) for stage in plan.stages if stage.name == "evaluate")
+    monkeypatch.setattr(evaluate, "map_shards", untrained.inline)
+    config = evaluate.EvaluateConfig.model_validate(spec.config)
+    inputs = {role: ref.open() for role, ref in spec.inputs.items()}
+    evaluate.run(config, inputs, Workspace(str(tmp_path / "out"), spec.fingerprint))
+    said = json.loads((tmp_path / "out" / "scores.json").read_text())["warnings"]
+    assert [line.split(":")[0] for line in said] == ["9 images for the 16 dimensions of clip"]
+    assert said[0] in caplog.text
+
+
 def test_every_value_carries_its_protocol(untrained_run):
     plan = untrained.plan_of(untrained_run[0])
     made = {stage.name: stage.snapshot for stage in plan.stages}

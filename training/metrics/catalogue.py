@@ -89,6 +89,18 @@ class Metric:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def few(sample: Sample, extractor: str) -> str:
+    """The sentence that says so where there are no more pictures than dimensions; empty where there are enough."""
+    width = sample.fake.shape[1]
+    counts = [len(sample.fake), *([sample.reference.n] if sample.reference and sample.reference.n else [])]
+    if min(counts) > width:
+        return ""
+    return (
+        f"{min(counts)} images for the {width} dimensions of {extractor}: its Fréchet distances are mostly bias; compare "
+        "them only at equal numbers of images, and take more"
+    )
+
+
 def _frechet(sample: Sample) -> Value:
     reference, accumulate = _given(sample.reference), sample.accumulate
     found = frechet_estimate(reference, sample.fake, max_blocks=FRECHET_BLOCKS, accumulate=accumulate)

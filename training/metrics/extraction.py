@@ -115,12 +115,6 @@ def _picture(file: Path) -> np.ndarray:
         raise UserError(f"{file} is no whole picture ({error}): mend or remove it") from error
 
 
-def require_finite_rows(features: np.ndarray, source: str) -> None:
-    """Raises UserError when `features` (N, D) that the file `source` holds are no matrix of finite numbers."""
-    if features.ndim != 2 or features.dtype.kind != "f" or not np.isfinite(features).all():
-        raise UserError(f"{source}: its features are no matrix of finite numbers: make the file again")
-
-
 def _require_finite(rows: np.ndarray, names: Sequence[str], extractor: str) -> None:
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:

@@ -109,6 +109,10 @@ def frechet_estimate(
     Each deletion subtracts one block's moments from the whole, so the features are read twice, not G times. The interval
     tells the spread over generated samples at this N; the bias of order 1/N stays, so compare only equal N.
     """
+    if len(features) < 3:
+        raise ValueError(
+            f"its interval leaves samples out, so it needs at least 3 of them, got {len(features)}"
+        )
     blocks = index_blocks(len(features), max_blocks)
     reference = Gaussian.of(reference) if isinstance(reference, Moments) else reference
     few = len(features) <= features.shape[1]

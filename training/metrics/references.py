@@ -67,12 +67,15 @@ def read_reference(path: str | Path, extractor: str) -> Reference:
             raise UserError(
                 f"{path}: arr_0 is {images.dtype} {images.shape}, not pictures: uint8 (N, H, W, 3)"
             )
+        if len(images) < 2:
+            raise UserError(f"{path} has {len(images)} pictures: a distribution needs many, and two at least")
         return Reference(path, images=images)
     features = arrays.get("feats")
+    if features is not None:
+        _require_features(path, features)
     if "mu" in arrays and "sigma" in arrays:
-        n = int(arrays["n"]) if "n" in arrays else None
-        gaussian = _gaussian(path, arrays["mu"], arrays["sigma"], n)
-    elif features is not None and features.ndim == 2 and features.dtype.kind == "f":
+        gaussian = _gaussian(path, arrays["mu"], arrays["sigma"], _count(path, arrays))
+    elif features is not None:
         gaussian = Gaussian.fitted(features)
     else:
         raise UserError(
@@ -137,6 +140,26 @@ def _told(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
+def _require_features(path: Path, features: np.ndarray) -> None:
+    is_matrix = features.ndim == 2 and features.dtype.kind == "f" and features.shape[1] > 0
+    if not is_matrix or not np.isfinite(features).all():
+        raise UserError(f"{path}: its feats are no matrix (N, D) of finite floats: make the file again")
+    if len(features) < 2:
+        raise UserError(
+            f"{path} has features of {len(features)} pictures: a distribution needs many, and two at least"
+        )
+
+
+def _count(path: Path, arrays: dict[str, np.ndarray]) -> int | None:
+    """The number of pictures behind the statistics, where the file tells."""
+    if "n" not in arrays:
+        return None
+    n = arrays["n"]
+    if n.ndim or n.dtype.kind not in "iuf" or not np.isfinite(n) or n < 2:
+        raise UserError(f"{path}: its n is no number of pictures, two at least: make the file again")
+    return int(n)
+
+
 def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray, n: int | None) -> Gaussian:
     is_plain = mu.dtype.kind == sigma.dtype.kind == "f" and mu.ndim == 1
     if (
@@ -147,6 +170,8 @@ def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray, n: int | None) -> G
         raise UserError(
             f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean (D,) and covariance (D, D) of finite numbers"
         )
+    if (np.diag(sigma) < 0).any():
+        raise UserError(f"{path}: sigma has negative variances and is no covariance: make the file again")
     covariance = sigma.astype(np.float64)
     return Gaussian(mu.astype(np.float64), (covariance + covariance.T) / 2, n)
 
