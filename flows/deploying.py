@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentCreate, DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, ScriptError
+from prefect.exceptions import MissingFlowError, ObjectNotFound, PrefectHTTPStatusError, ScriptError
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import ValidationError as InvalidParameters
+from prefect.utilities.schema_tools.validation import validate
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
@@ -54,12 +57,12 @@ def deploy(file: Path, fill: Mapping[str, str]) -> list[Applied]:
     `fill` goes into every `run` that leaves its keys out and whose flow takes them. Raises UserError for a file that cannot be
     applied, and where no server answers.
     """
-    entries = _entries(file)
+    wanted = [_read(entry, fill) for entry in _entries(file)]
     with server() as client:
-        pools = sorted({entry["work_pool"]["name"] for entry in entries})
+        pools = sorted({each["work_pool_name"] for _, each in wanted})
         done = [_apply_pool(client, name) for name in pools]
         done.append(_apply_automation(client))
-        return done + [_apply(client, entry, fill) for entry in entries]
+        return done + [_apply(client, flow, each) for flow, each in wanted]
 
 
 @contextmanager
@@ -82,14 +85,49 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         named = [(entry["name"], entry["entrypoint"], entry["work_pool"]["name"]) for entry in entries]
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): give a prefect.yaml") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file}: `deployments` must be a list, each with name, entrypoint and work_pool.name"
         ) from error
-    assert len(named) == len(entries)
+    for name in {name for entry in named for name in (entry[0], entry[2])}:
+        if not isinstance(name, str) or not name.strip() or set(name) & set("/%&<>"):
+            raise UserError(f"{file}: {name!r} names no deployment or pool: write a word without / % & < >")
     return entries
+
+
+def _read(entry: Mapping[str, Any], fill: Mapping[str, str]) -> tuple[Flow[..., Any], dict[str, Any]]:
+    """The flow of an entry and its deployment, which the server has no reason to refuse."""
+    flow = _flow(entry["entrypoint"])
+    try:
+        wanted = _wanted(entry, flow, fill)
+        DeploymentCreate(flow_id=uuid4(), **wanted)
+        for given in (wanted["parameters"], *(each.parameters for each in wanted["schedules"])):
+            _refuse_unknown(given, wanted["parameter_openapi_schema"])
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError, InvalidParameters) as error:
+        raise UserError(
+            f"deployment {flow.name}/{entry['name']}: {_line(error)}; {FILE.name} of the checkout shows how each key is written"
+        ) from error
+    return flow, wanted
+
+
+def _refuse_unknown(parameters: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
+    """Raises where a run would be refused for what is given; what is left out may be given when it is started."""
+    if unknown := sorted(set(parameters) - set(schema["properties"])):
+        raise ValueError(
+            f"the flow has no parameter {', '.join(unknown)}, only {', '.join(schema['properties'])}"
+        )
+    validate(dict(parameters), dict(schema), raise_on_error=True, ignore_required=True)  # pyright: ignore[reportArgumentType]
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line; of pydantic's, where and what."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return " ".join(str(error).split())
 
 
 def _apply_pool(client: SyncPrefectClient, name: str) -> Applied:
@@ -141,10 +179,8 @@ def _apply_automation(client: SyncPrefectClient) -> Applied:
     return Applied("automation", ZOMBIES, "changed")
 
 
-def _apply(client: SyncPrefectClient, entry: Mapping[str, Any], fill: Mapping[str, str]) -> Applied:
-    flow = _flow(entry["entrypoint"])
-    name = f"{flow.name}/{entry['name']}"
-    wanted = _wanted(entry, flow, fill)
+def _apply(client: SyncPrefectClient, flow: Flow[..., Any], wanted: Mapping[str, Any]) -> Applied:
+    name = f"{flow.name}/{wanted['name']}"
     try:
         present = _present(client.read_deployment_by_name(name))
     except ObjectNotFound:
@@ -165,7 +201,7 @@ def _apply(client: SyncPrefectClient, entry: Mapping[str, Any], fill: Mapping[st
 def _flow(entrypoint: str) -> Flow[..., Any]:
     try:
         return load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
-    except (ImportError, ScriptError, ValueError, AttributeError) as error:
+    except (ImportError, MissingFlowError, ScriptError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"entrypoint {entrypoint}: no flow can be imported from there ({error})") from error
 
 
@@ -197,14 +233,14 @@ def _wanted(entry: Mapping[str, Any], flow: Flow[..., Any], fill: Mapping[str, s
 
 def _filled(run: Mapping[str, Any], schema: Mapping[str, Any], fill: Mapping[str, str]) -> dict[str, Any]:
     """`run` with what of `fill` it leaves out and its model has."""
-    model = schema["properties"]["run"].get("$ref", "").rpartition("/")[2]
+    model = schema["properties"].get("run", {}).get("$ref", "").rpartition("/")[2]
     takes = schema.get("definitions", {}).get(model, {}).get("properties", {})
     return {**{key: value for key, value in fill.items() if key in takes}, **run}
 
 
 def _schedule(entry: Mapping[str, Any], run: Mapping[str, Any]) -> DeploymentScheduleCreate:
-    timing = {key: entry[key] for key in ("timezone", "day_or") if key in entry}
     try:
+        timing = {key: entry[key] for key in ("timezone", "day_or") if key in entry}
         if "cron" in entry:
             schedule = CronSchedule(cron=entry["cron"], **timing)
         elif "interval" in entry:
@@ -220,10 +256,9 @@ def _schedule(entry: Mapping[str, Any], run: Mapping[str, Any]) -> DeploymentSch
             slug=entry["slug"],
             parameters={"run": {**run, **own}} if own else {},
         )
-    except (KeyError, TypeError, ValidationError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
-            f"schedule {dict(entry)}: {' '.join(str(error).split())}; it needs a slug and one of cron, interval "
-            "(seconds) and rrule"
+            f"schedule {entry}: {_line(error)}; it needs a slug and one of cron, interval (seconds) and rrule"
         ) from error
 
 

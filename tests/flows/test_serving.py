@@ -106,3 +106,30 @@ def test_it_serves_until_it_is_told_to_end_and_leaves_no_process(tmp_path, file)
             for pid in processes_under(process.pid):
                 os.kill(pid, signal.SIGKILL)
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"entrypoint": "flows.deployed.nothing"}, "no flow can be imported from there"),
+        ({"entrypoint": 3}, "no flow can be imported from there"),
+        ({"name": "a/b"}, "'a/b' names no deployment or pool"),
+        ({"work_pool": {"name": 3}}, "3 names no deployment or pool"),
+        ({"work_pool": {"name": "a", "job_variables": 3}}, "'int' object is not iterable"),
+        ({"parameters": 3}, "'int' object has no attribute 'get'"),
+        ({"parameters": {"run": "all"}}, "'str' object is not a mapping"),
+        ({"parameters": {"run": {}, "runs": 3}}, "the flow has no parameter runs, only run"),
+        ({"parameters": {"run": {"keep_run": 3}}}, "'keep_run' was unexpected"),
+        ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "collision_strategy: Input should be"),
+        ({"schedules": ["daily"]}, "schedule daily: "),
+        ({"schedules": [{"slug": "a", "cron": "never"}]}, 'Invalid cron string: "never"'),
+        ({"schedules": [{"slug": "a", "interval": 1e20}]}, "it needs a slug and one of cron"),
+        ({"schedules": [{"slug": "a", "interval": 60, "parameters": {"run": {"x": 1}}}]}, "'x' was unexpected"),
+    ],
+)  # fmt: skip
+def test_a_deployment_that_cannot_be_is_one_sentence_before_any_is_made(file, change, sentence, capsys):
+    (one,) = yaml.safe_load(file.read_text())["deployments"]
+    file.write_text(yaml.safe_dump({"deployments": [one, one | change]}))
+    assert cli.main(["deploy", f"--root={file.parent}", f"--file={file}"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1, said
