@@ -14,6 +14,7 @@ from stages.catalogue import check_spec, run_spec
 from stages.cluster import cluster
 from stages.contract import StageSpec
 from stages.jobs import connect, is_job_server, run_as_job
+from stages.shared_root import check_shared
 
 Watch = Callable[[str, float, float, str, str], None]
 """(stage, done, total, unit, note)."""
@@ -78,4 +79,5 @@ def _reached(address: str, specs: list[dict[str, Any]], verbose: bool) -> Iterat
     with cluster(address, verbose=verbose):
         for spec in specs:
             check_spec(StageSpec.model_validate(spec))
+        check_shared(specs[0]["folder"])
         yield

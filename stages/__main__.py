@@ -63,10 +63,12 @@ def _run(arguments: argparse.Namespace, progress: Progress) -> None:
         run_as_job(spec, arguments.address, progress=progress, say=log.info, later=later)
         return
     from stages.catalogue import check_spec, run_spec  # every stage with all that it needs
+    from stages.shared_root import check_shared
 
     with cluster(arguments.address):
         for each in (spec, *later):
             check_spec(each)
+        check_shared(spec.folder)
         snapshot = run_spec(spec, progress)
     log.info("%s %s", snapshot.stage, snapshot.folder)
 
