@@ -22,6 +22,7 @@ from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record
 from data.sources import Prompt
 from stages.accumulating import accumulate_on_cluster
+from stages.borrowing import borrow
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
 from stages.measured_under import Against, Looked, clip_of, protocol_of
@@ -126,6 +127,10 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     tasks = _tasks(config, inputs, parents)
     weights = {name: config.weights[extractors.weights_of(name)] for name in config.extractors}
     arguments = {"inputs": [(r, s.model_dump(), s.folder) for r, s in inputs.items()], "weights": weights}
+    against = _real_pictures(config, tasks)
+    real = [task for task in tasks if task.payload["kind"] == REFERENCE]
+    borrowed = borrow(real, workspace.folder, version=STAGE.version, facts=against, inputs=inputs)
+    log.debug("%d of %d blocks of real pictures were looked at before", borrowed, len(real))
     records = map_shards(Measuring, arguments, tasks, workspace)
     by_kind: dict[str, list[ShardRecord]] = {}
     for task, record in zip(tasks, records, strict=True):
@@ -137,7 +142,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     for sentence in measured["warnings"]:
         log.warning("%s", sentence)
     storage.write_bytes(storage.join(workspace.folder, SCORES), json.dumps(measured, indent=1).encode())
-    facts = {"scores": {s["name"]: s["value"] for s in measured["scores"]}}
+    facts = {"scores": {s["name"]: s["value"] for s in measured["scores"]}, "reference": against}
     files = (file_record(workspace.folder, SCORES),)
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
 
@@ -172,6 +177,17 @@ def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> l
         parts = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
         payloads += [({**what, "rows": part}, len(part)) for part in parts]
     return [ShardTask(index, payload, parents, weight) for index, (payload, weight) in enumerate(payloads)]
+
+
+def _real_pictures(config: EvaluateConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
+    """What the features of the training images depend on besides the images, and under which indices they are kept."""
+    looking = {name: config.weights[extractors.weights_of(name)][0] for name in _looking_at_real(config)}
+    return {
+        "extractors": {name: extractors.digest_of(name, path) for name, path in looking.items()},
+        "rows": config.reference_images,
+        "block": BLOCK,
+        "first": next((task.index for task in tasks if task.payload["kind"] == REFERENCE), None),
+    }
 
 
 def _looking_at_real(config: EvaluateConfig) -> list[str]:

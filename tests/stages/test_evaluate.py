@@ -22,6 +22,7 @@ from data.manifest import Snapshot
 from flows import runs
 from stages import evaluate, generate
 from stages.contract import FanoutConfig, Inputs, Workspace
+from stages.fanout import finished
 from training.metrics.frechet import Gaussian, frechet_distance
 from training.metrics.moments import accumulate_here
 from training.metrics.neighbours import neighbours
@@ -214,3 +215,38 @@ def test_a_metric_that_cannot_be_had_is_refused_at_once(settings, sentence):
 def test_statistics_alone_leave_out_what_needs_pictures():
     chosen = evaluate.EvaluateConfig(inception="w", reference="r.npz").chosen
     assert {"fid", "inception_score", "fd_clip"} <= set(chosen) and not {"kid", "recall"} & set(chosen)
+
+
+def test_features_of_the_real_pictures_are_taken_from_an_evaluation_that_has_them(
+    untrained_run, tmp_path, monkeypatch, inception_weights
+):
+    asked = {
+        "evaluate__inception": inception_weights,
+        "evaluate__inception_is_custom": True,
+        "evaluate__reference_images": 12,
+        "evaluate__reconstruction_images": 8,
+    }
+    plan = untrained.plan_of(untrained_run[0], **asked)
+    spec = next(runs.spec_of(plan, stage) for stage in plan.stages if stage.name == "evaluate")
+    config = evaluate.EvaluateConfig.model_validate(spec.config)
+    inputs = {role: ref.open() for role, ref in spec.inputs.items()}
+    looked: list[list[str]] = []
+
+    def one_by_one(work, arguments, tasks, workspace):
+        done = finished(tasks, workspace.folder)
+        todo = [task for task in tasks if task.index not in done]
+        looked.append([task.payload["kind"] for task in todo])
+        made = dict(
+            zip([t.index for t in todo], untrained.inline(work, arguments, todo, workspace), strict=True)
+        )
+        return tuple((done | made)[task.index] for task in tasks)
+
+    monkeypatch.setattr(evaluate, "map_shards", one_by_one)
+    for name in ("first", "second"):
+        evaluate.run(config, inputs, Workspace(str(tmp_path / name), spec.fingerprint))
+    assert looked[0].count("reference") == 2 and looked[1] == [k for k in looked[0] if k != "reference"]
+    first, second = ((tmp_path / name / "scores.json").read_bytes() for name in ("first", "second"))
+    assert first == second
+    other = config.model_copy(update={"reference_images": 11})
+    evaluate.run(other, inputs, Workspace(str(tmp_path / "third"), spec.fingerprint))
+    assert looked[2].count("reference") == 2, "other pictures, other features"
