@@ -65,6 +65,13 @@ COLUMNS: dict[str, Column] = {
             meaning="last hidden states of the text encoder (T, D) after its final norm, start to end token, unpadded",
         ),
         Column(
+            name="t5_hidden",
+            kind="ragged",
+            dtype="<f2",
+            shape=(None, None),
+            meaning="last hidden states of T5's encoder (T, W) after its final norm, end token included, unpadded",
+        ),
+        Column(
             name="kept",
             kind="array",
             dtype="|b1",

@@ -104,10 +104,12 @@ def unclip_nodes(
 
 
 def prepare_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
-    """Shards alone, and a column for each encoder given by `clip.pretrained` and `vae.pretrained`."""
+    """Shards alone, and a column for each encoder given by `clip.pretrained`, `t5.pretrained` and `vae.pretrained`."""
     nodes = [_shard(recipe, retry_failed)]
     if recipe.clip.pretrained:
         nodes.append(Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": _encoder(recipe, "clip")}))
+    if recipe.t5.pretrained:
+        nodes.append(Node(STAGES["text"], recipe.text, {"data": "shard", "t5": _encoder(recipe, "t5")}))
     if recipe.vae.pretrained:
         nodes.append(Node(STAGES["encode"], recipe.encode, {"data": "shard", "vae": _encoder(recipe, "vae")}))
     check_columns(nodes)
@@ -147,7 +149,12 @@ def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -
 
 
 def _refuse_misfits(recipe: Recipe) -> None:
-    """Raises UserError for what a late stage would refuse after hours of work."""
+    """Raises UserError for what a late stage would refuse after hours of work, and for what no stage would read."""
+    if recipe.t5.pretrained:
+        raise UserError(
+            f"t5.pretrained={recipe.t5.pretrained}: no part of {recipe.name} reads T5's states; leave it out, or make them "
+            "by `darkroom prepare`"
+        )
     clip, vae, shard, weights = recipe.clip, recipe.vae, recipe.shard, recipe.evaluate.inception
     factor = 2 ** (len(vae.block_out_channels) - 1)
     is_square = shard.resize in ("center_crop", "border")

@@ -22,11 +22,13 @@ from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
 from stages.spending import PricesConfig
+from stages.text import TextConfig
 from training.metrics import gates
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig
 from training.systems.prior import PriorConfig
 from training.systems.vae import VaeConfig
+from training.t5_encoder import T5Config
 
 
 class EvaluationConfig(GenerateConfig, EvaluateConfig):
@@ -78,6 +80,8 @@ class Recipe(Config):
     jobs: JobsConfig = JobsConfig()
     clip: ClipConfig = ClipConfig()
     embed: EmbedConfig = EmbedConfig()
+    t5: T5Config = T5Config()
+    text: TextConfig = TextConfig()
     vae: VaeConfig = VaeConfig()
     encode: EncodeConfig = EncodeConfig()
     prior: PriorConfig = PriorConfig()
@@ -101,7 +105,7 @@ EXPECTED_SECONDS = {
     "embed": 25.0,
     "vae": 270.0,
     "encode": 25.0,
-    "prior": 120.0,
+    "prior": 85.0,
     "denoiser": 540.0,
     "generate": 95.0,
     "evaluate": 25.0,
@@ -147,7 +151,7 @@ def demo() -> Recipe:
             ema_decay=0.995,
         ),
         prior=PriorConfig(
-            max_steps=300, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
+            max_steps=200, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
         ),
         denoiser=DenoiserConfig(
             block_out_channels=(64, 128),

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from data.errors import UserError
 from data.lease import lease
 from data.manifest import Snapshot
-from stages import cluster, embed, encode, evaluate, generate, logs, report, shard, train
+from stages import cluster, embed, encode, evaluate, generate, logs, report, shard, text, train
 from stages.contract import Progress, Stage, StageSpec, Workspace, silent
 
 STAGES: dict[str, Stage] = {
@@ -16,6 +16,7 @@ STAGES: dict[str, Stage] = {
         shard.STAGE,
         *train.STAGES.values(),
         embed.STAGE,
+        text.STAGE,
         encode.STAGE,
         generate.STAGE,
         evaluate.STAGE,

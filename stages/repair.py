@@ -31,7 +31,7 @@ from stages.rewriting import ShardRewriting, relist, rewrites, without_repeats
 
 STAGING = "_repair"
 """Where shards are written anew, in the artifact's folder; gone when the repair ends."""
-MADE_AGAIN = ("embed", "encode", "generate", "evaluate")
+MADE_AGAIN = ("embed", "text", "encode", "generate", "evaluate")
 """Stages whose shards follow from their inputs alone, to the byte on like machines; `shard` is read from its source."""
 
 

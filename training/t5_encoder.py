@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from data.config import Config
 from data.errors import UserError
 from training.pretrained import DTYPES, Precision, config_of, frozen, local_folder, require_safetensors
 from training.transformers_towers import padded_tokens, require_any
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+class T5Config(Config):
+    """Which T5 reads captions; it is never trained."""
+
+    pretrained: str | None = Field(
+        None, description="a folder of transformers with a T5, or a hub name; None: no T5 reads the captions"
+    )
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     if len(plan.stages) == 1:
         sys.stderr.write(
             "no encoder was given, so shards alone are written; --set clip.pretrained=… adds embeddings, "
-            "--set vae.pretrained=… latents\n"
+            "--set t5.pretrained=… T5's states, --set vae.pretrained=… latents\n"
         )
     return _carry_out(plan, [stage.name for stage in plan.stages], arguments)
 

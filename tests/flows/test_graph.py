@@ -104,6 +104,14 @@ def test_preparing_makes_a_column_for_each_encoder_given(clip_folder, tmp_path):
     assert prepared() == ["shard"]
     assert prepared(f"clip.pretrained={clip_folder}") == ["shard", "embed"]
     assert prepared("vae.pretrained=some/vae") == ["shard", "encode"]
+    assert prepared("vae.pretrained=some/vae", "t5.pretrained=some/t5") == ["shard", "text", "encode"]
+
+
+def test_a_t5_that_no_part_of_a_recipe_reads_is_refused():
+    with pytest.raises(
+        UserError, match=r"t5.pretrained=some/t5: no part of demo reads T5's states; .*darkroom prepare"
+    ):
+        unclip_nodes(edited(demo(), ["t5.pretrained=some/t5"]))
 
 
 def test_planning_with_hub_names_asks_no_network(tmp_path, monkeypatch):

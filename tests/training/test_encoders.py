@@ -67,20 +67,6 @@ def transformers_clip_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory) -> Path:
-    """A random T5 encoder with a tokenizer of single letters."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("t5")
-    letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters]
-    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
-    config = transformers.T5Config(vocab_size=len(vocab), feed_forward_proj="gated-gelu", **sizes)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    transformers.T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder)
-    return folder
-
-
 def write_clip(folder: Path, **preprocess) -> Path:
     """A random CLIP in open_clip's local-dir form."""
     torch.manual_seed(0)
