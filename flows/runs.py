@@ -95,8 +95,9 @@ def find(root: str, name: str) -> dict[str, Any]:
         )
         raise UserError(f"there is no run {name!r} under {root}; {there}")
     try:
-        return json.loads(storage.read_bytes(path))
-    except ValueError as error:
+        record = json.loads(storage.read_bytes(path))
+        return record | {"run": record["run"]}
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptArtifact(
             f"{path} is no record of a run: remove it and run its recipe again, finished work is kept"
         ) from error

@@ -193,9 +193,10 @@ def test_a_run_that_is_not_there_names_those_that_are(complaint, tmp_path):
     assert "has no prior" in complaint("generate", "demo-1", "a star")
 
 
-def test_a_damaged_record_of_a_run_is_exit_code_1(tmp_path, capsys):
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
+def test_a_damaged_record_of_a_run_is_exit_code_1(tmp_path, text, capsys):
     (tmp_path / "demo-1").mkdir()
-    (tmp_path / "demo-1" / "run.json").write_text("{")
+    (tmp_path / "demo-1" / "run.json").write_text(text)
     assert cli.main(["report", "demo-1", f"--root={tmp_path}"]) == 1
     assert "is no record of a run" in capsys.readouterr().err
 
