@@ -1,12 +1,10 @@
-"""Real command lines on tiny settings, for the tests that run a whole pipeline."""
+"""What all tests share: their order, their time, a command line, a finished run, a T5."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -16,30 +14,16 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from command_lines import CHECKOUT, command, environment
+
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: threads of two test processes would wait for each other
 
-CHECKOUT = Path(__file__).parent.parent
-SHARED = CHECKOUT.parent / "shared" / "datasets"
-
 STARTED = time.monotonic()
 MINUTES = float(os.environ.get("DARKROOM_TEST_MINUTES", "inf"))
 """After so many minutes of a run, slow tests that have not begun are skipped: a slow machine, too, ends with an answer."""
-
-TINY = {
-    "source.count": 240,
-    "shard.samples_per_shard": 80,
-    "evaluate.num_images": 16,
-    "evaluate.num_inference_steps": 3,
-    "evaluate.prior_steps": 3,
-    "evaluate.reconstruction_images": 60,
-    **{f"{stage}.max_steps": 8 for stage in ("clip", "vae", "prior", "denoiser")},
-    **{f"{stage}.checkpoint_every": 2 for stage in ("clip", "vae", "prior", "denoiser")},
-    **{f"{stage}.batch_size": 16 for stage in ("clip", "vae", "prior", "denoiser")},
-    **{f"{stage}.num_workers": 1 for stage in ("clip", "prior")},
-}
-"""Everything that a demo does, at a size that takes seconds per stage."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,22 +37,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     is_slow = any(item.get_closest_marker(name) for name in ("slow", "peers"))
     if is_slow and time.monotonic() - STARTED > 60 * MINUTES:
         pytest.skip(f"the {MINUTES:g} minutes of DARKROOM_TEST_MINUTES are used up")
-
-
-def command(*arguments: str, root: Path, settings: dict[str, Any] | None = None) -> list[str]:
-    """The command line of `darkroom *arguments`, with `settings` as `--set` options."""
-    options = [f"--set={path}={value}" for path, value in (settings or {}).items()]
-    return [sys.executable, "-m", "flows.cli", *arguments, f"--root={root}", *options]
-
-
-PREFECT_HOME = tempfile.TemporaryDirectory(prefix="darkroom-prefect-", ignore_cleanup_errors=True)
-"""Of every run that this process starts: making Prefect's tables takes as much CPU time as a stage of a tiny run."""
-
-
-def environment() -> dict[str, str]:
-    """The environment that a shell in the checkout would give, and a database of Prefect's that is there already."""
-    ours = {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
-    return os.environ | ours | {"PREFECT_HOME": PREFECT_HOME.name}
 
 
 Darkroom = Callable[..., subprocess.CompletedProcess[str]]
@@ -89,17 +57,9 @@ def darkroom() -> Darkroom:
     return run
 
 
-def result(finished: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The one JSON line on stdout of a command that succeeded."""
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stdout.count("\n") == 1, "with --json nothing else goes to stdout"
-    return json.loads(finished.stdout)
-
-
 @pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """A finished run of untrained networks: (root, its record). Shared by every test: copy it before changing it."""
-    sys.path.insert(0, str(Path(__file__).parent))
     import untrained
 
     root = tmp_path_factory.mktemp("untrained")
@@ -113,7 +73,6 @@ def object_store() -> Iterator[Any]:
     """An S3 server on this machine (`tests/object_store.py`)."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    sys.path.insert(0, str(Path(__file__).parent))
     from object_store import ObjectStore
 
     store = ObjectStore()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import SHARED, TINY, result
+from command_lines import SHARED, TINY, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

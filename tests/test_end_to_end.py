@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHECKOUT, TINY, command, environment, result
+from command_lines import CHECKOUT, TINY, command, environment, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "generate", "evaluate", "report"]

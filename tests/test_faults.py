@@ -33,7 +33,7 @@ from flows.recipes import edited, prepare, with_data
 from flows.runs import spec_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHECKOUT, command, environment
+from command_lines import CHECKOUT, command, environment
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHECKOUT, command, environment, result
+from command_lines import CHECKOUT, command, environment, result
 from ray_cluster import RayCluster, below, free_port, ray_cluster, title
 
 from data.manifest import load_snapshot

@@ -15,7 +15,7 @@ from data import storage
 from data.manifest import Snapshot, snapshots
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHECKOUT, TINY, command, environment, result
+from command_lines import CHECKOUT, TINY, command, environment, result
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1500)]
 DEADLINE = 600.0

@@ -24,7 +24,7 @@ from data.verify import verify
 from flows import cli, embedded_prefect
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHECKOUT, TINY, command, environment, result
+from command_lines import CHECKOUT, TINY, command, environment, result
 
 PASSWORD = "pa55w0rd-of-the-source"
 SECRETS = {

@@ -14,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import CHECKOUT, environment
+from command_lines import CHECKOUT, environment
 
 from flows import cli, serving
 

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
-from conftest import CHECKOUT, command, environment
+from command_lines import CHECKOUT, command, environment
 
 from data.errors import UserError
 from flows import cli, runs

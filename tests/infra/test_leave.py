@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import CHECKOUT
+from command_lines import CHECKOUT
 from ray_cluster import ray_cluster
 
 SECONDS = 90

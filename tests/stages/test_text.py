@@ -19,7 +19,7 @@ from stages.text import EMPTY, Reading, TextConfig
 from training.encoders import T5Encoder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import result
+from command_lines import result
 
 CAPTIONS = ["a red cat", "an old dog that looks over a fence", "sky", "a cat", "two dogs"]
 
