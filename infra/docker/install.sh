@@ -15,7 +15,7 @@ add() {
 case $1 in
     packages)
         python3.11 -m venv "$venv"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv hatchling
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv hatchling editables
         requirements=$(mktemp)
         trap 'rm -f "$requirements"' EXIT
         "$venv/bin/python" - > "$requirements" <<'PYTHON'

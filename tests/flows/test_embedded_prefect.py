@@ -141,6 +141,7 @@ def test_prefect_gets_a_home_of_its_own_and_no_telemetry(home, monkeypatch):
 
 
 def test_a_flow_run_of_a_worker_keeps_the_workers_settings(home, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ | {"PREFECT__FLOW_RUN_ID": "of a worker"})
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    monkeypatch.setattr(os, "environ", ours | {"PREFECT__FLOW_RUN_ID": "of a worker"})
     embedded_prefect.configure(home, verbose=False)
     assert not home.exists() and "PREFECT_LOGGING_SERVER_LEVEL" not in os.environ
