@@ -20,7 +20,7 @@ from data.config import Config, operational
 from data.manifest import Ledger, ShardRecord, Snapshot, file_record
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
-from stages.fanout import ShardTask, Writing, map_shards
+from stages.fanout import ShardTask, Writing, map_shards, per_shard
 from stages.overlap import Batch, decoded, fetched
 from training.distributed import device
 from training.encoders import ClipEncoder, Precision
@@ -49,37 +49,29 @@ class EmbedConfig(Config):
 def run(config: EmbedConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Embeds every non-empty shard of `data` with the CLIP of `clip` and commits."""
     started = time.monotonic()
-    shards = [shard for shard in inputs["data"].shards if shard.samples]
-    tasks = [
-        ShardTask(
-            shard.index,
-            {"shard": shard, "first": shard is shards[0]},
-            {"data": shard.digest, "clip": inputs["clip"].digest},
-            shard.samples,
-        )
-        for shard in shards
-    ]
-    arguments = {"clip": inputs["clip"].folder, "data": inputs["data"].folder, "config": config}
+    tasks = per_shard(inputs, "clip")
+    folders = {"clip": inputs["clip"].folder, "data": inputs["data"].folder}
+    arguments = {**folders, "config": config, "first": tasks[0].index if tasks else None}
     records = map_shards(Embedding, arguments, tasks, workspace)
     files = tuple(file_record(workspace.folder, path) for path in EMPTY)
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files)
 
 
 class Embedding:
-    """The per-shard function, with CLIP loaded once."""
+    """The per-shard function, with CLIP loaded once. Shard `first` brings the empty caption along."""
 
-    def __init__(self, clip: str, data: str, config: EmbedConfig) -> None:
+    def __init__(self, clip: str, data: str, config: EmbedConfig, first: int | None) -> None:
         self.device = device()
         self.clip = ClipEncoder.load(clip, self.device, config.precision)
-        self.data, self.config = data, config
+        self.data, self.config, self.first = data, config, first
 
     def __call__(self, task: ShardTask, folder: str) -> Writing:
-        shard: ShardRecord = task.payload["shard"]
+        shard: ShardRecord = task.payload
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
             captions = [reader.caption(row) for row in range(len(reader))]
             img_emb, text_emb, hidden = self.embed(reader, captions)
             keys = reader.keys
-        if task.payload["first"]:
+        if shard.index == self.first:
             self._write_empty(folder)
 
         def write() -> ShardRecord:

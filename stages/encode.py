@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.manifest import ShardRecord, Snapshot
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
-from stages.fanout import ShardTask, Writing, map_shards
+from stages.fanout import ShardTask, Writing, map_shards, per_shard
 from stages.overlap import Batch, decoded, fetched
 from training.distributed import device
 from training.encoders import Precision, VaeEncoder
@@ -38,11 +38,7 @@ class EncodeConfig(Config):
 def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Encodes every non-empty shard of `data` with the VAE of `vae` and commits."""
     started = time.monotonic()
-    tasks = [
-        ShardTask(shard.index, shard, {"data": shard.digest, "vae": inputs["vae"].digest}, shard.samples)
-        for shard in inputs["data"].shards
-        if shard.samples
-    ]
+    tasks = per_shard(inputs, "vae")
     arguments = {"vae": inputs["vae"].folder, "data": inputs["data"].folder, "config": config}
     records = map_shards(Encoding, arguments, tasks, workspace)
     facts = {"scaling_factor": VaeEncoder.load(inputs["vae"].folder).scaling_factor}

@@ -20,7 +20,7 @@ from data import manifest
 from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
 from stages import cluster, logs, spending, telemetry
-from stages.contract import STOPPING_SECONDS, FanoutConfig, Workspace
+from stages.contract import STOPPING_SECONDS, FanoutConfig, Inputs, Workspace
 
 log = logging.getLogger("darkroom.shards")
 
@@ -95,6 +95,16 @@ def finished(tasks: Sequence[ShardTask], folder: str) -> dict[int, ShardRecord]:
     """index -> receipt, of the tasks whose receipt is there and names the same parents."""
     receipts = {task.index: manifest.load_receipt(folder, task.index) for task in tasks}
     return {t.index: r for t in tasks if (r := receipts[t.index]) and r.parents == dict(t.parents)}
+
+
+def per_shard(inputs: Inputs, encoder: str) -> list[ShardTask]:
+    """A task for each shard of `data` that has samples, made from it and from the network in the role `encoder`."""
+    made_by = inputs[encoder].digest
+    shards = [shard for shard in inputs["data"].shards if shard.samples]
+    return [
+        ShardTask(shard.index, shard, {"data": shard.digest, encoder: made_by}, shard.samples)
+        for shard in shards
+    ]
 
 
 class _Pool:

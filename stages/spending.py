@@ -6,6 +6,7 @@ Noted beside the artifact while they pass, so that an attempt that was killed co
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from pydantic import Field
 from data import storage
 from data.config import Config
 from stages import telemetry
+
+log = logging.getLogger("darkroom.spending")
 
 Device = Literal["cpu", "gpu"]
 NOTED_EVERY_SECONDS = 10.0
@@ -85,7 +88,10 @@ class Meter:
     def note(self) -> None:
         """Writes down what was counted so far."""
         self.noted = time.monotonic()
-        storage.write_bytes(self.path, json.dumps({self.device: round(self.seconds, 3)}).encode())
+        try:
+            storage.write_bytes(self.path, json.dumps({self.device: round(self.seconds, 3)}).encode())
+        except OSError as error:  # accounts are no reason to end a stage; what else is written will tell
+            log.debug("%s: %s", self.path, error)
 
 
 def spent(folder: str, fingerprint: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from data.config import Config
 from data.manifest import ShardRecord, Snapshot, file_record
 from data.tars import ShardReader
 from stages.contract import Inputs, Stage, Workspace, commit
-from stages.fanout import ShardTask, Writing, map_shards
+from stages.fanout import ShardTask, Writing, map_shards, per_shard
 from training.distributed import device
 from training.encoders import Precision, T5Encoder
 
@@ -37,35 +37,27 @@ class TextConfig(Config):
 def run(config: TextConfig, inputs: Inputs, workspace: Workspace) -> Snapshot:
     """Reads the captions of every non-empty shard of `data` with the T5 of `t5` and commits."""
     started = time.monotonic()
-    shards = [shard for shard in inputs["data"].shards if shard.samples]
-    tasks = [
-        ShardTask(
-            shard.index,
-            {"shard": shard, "first": shard is shards[0]},
-            {"data": shard.digest, "t5": inputs["t5"].digest},
-            shard.samples,
-        )
-        for shard in shards
-    ]
-    arguments = {"t5": inputs["t5"].folder, "data": inputs["data"].folder, "config": config}
+    tasks = per_shard(inputs, "t5")
+    folders = {"t5": inputs["t5"].folder, "data": inputs["data"].folder}
+    arguments = {**folders, "config": config, "first": tasks[0].index if tasks else None}
     records = map_shards(Reading, arguments, tasks, workspace)
     files = (file_record(workspace.folder, EMPTY),)
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files)
 
 
 class Reading:
-    """The per-shard function, with T5 loaded once."""
+    """The per-shard function, with T5 loaded once. Shard `first` brings the empty caption along."""
 
-    def __init__(self, t5: str, data: str, config: TextConfig) -> None:
+    def __init__(self, t5: str, data: str, config: TextConfig, first: int | None) -> None:
         self.t5 = T5Encoder.load(t5, device(), config.precision, config.max_length)
-        self.data, self.config = data, config
+        self.data, self.config, self.first = data, config, first
 
     def __call__(self, task: ShardTask, folder: str) -> Writing:
-        shard: ShardRecord = task.payload["shard"]
+        shard: ShardRecord = task.payload
         with ShardReader(storage.join(self.data, f"{shard.index:05d}.tar")) as reader:
             captions, keys = [reader.caption(row) for row in range(len(reader))], reader.keys
         hidden = self._states(captions)
-        if task.payload["first"]:
+        if shard.index == self.first:
             buffer = io.BytesIO()
             np.save(buffer, self._states([""])[0].astype("<f4"), allow_pickle=False)
             storage.write_bytes(storage.join(folder, EMPTY), buffer.getvalue())

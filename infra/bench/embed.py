@@ -142,12 +142,12 @@ def embed_race(
 ) -> tuple[Callable[[str], None], Callable[[], None], int]:
     """(our work on every shard, the bare loop, samples of one round)."""
     data, records = shards
-    work = Embedding(clip, data, config)
+    work = Embedding(clip, data, config, None)
     towers = work.clip.towers
 
     def ours(out: str) -> None:
         for record in records:  # the empty caption is embedded once per dataset, which is not counted here
-            work(ShardTask(record.index, {"shard": record, "first": False}), out)()
+            work(ShardTask(record.index, record), out)()
 
     batches = [
         (work.clip._prepared(pixels), towers.tokens(captions)[0].to(work.device))

@@ -69,7 +69,12 @@ def test_a_schedule_fires_on_postgresql_and_deploying_again_changes_nothing(data
         deploy(tmp_path, collect)
         assert {each.change for each in deploy(tmp_path, collect)} == {"unchanged"}
         with serving.worker(home, url, "darkroom"):
-            first = eventually(lambda: next((r for r in runs_of("gc/darkroom") if r.start_time), None))
+            first = eventually(
+                lambda: next(
+                    (r for r in runs_of("gc/darkroom") if r.state.is_running() or r.state.is_completed()),
+                    None,
+                )
+            )
             assert first.auto_scheduled and ended(first).name == "Completed"
         assert artifacts(first)["gc"] == "[]"
         deploy(tmp_path, entry("gc", "darkroom", {"root": str(root)}))

@@ -75,7 +75,9 @@ def scheduled(tmp_path_factory):
         serving.worker(folder / "prefect", url, "darkroom"),
     ):
         deploy(folder, entry("refresh", "darkroom", run, *schedules))
-        first = eventually(lambda: next((r for r in runs_of("refresh/darkroom") if r.start_time), None))
+        first = eventually(
+            lambda: next((r for r in runs_of("refresh/darkroom") if r.state.is_running()), None)
+        )
         eventually(lambda: any(r.state.is_cancelled() for r in runs_of("refresh/darkroom")))
         deploy(folder, entry("refresh", "darkroom", run))  # the schedules end, the run goes on
         late = [r for r in runs_of("refresh/darkroom") if r.state.is_cancelled()]

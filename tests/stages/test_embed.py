@@ -63,8 +63,8 @@ def shard(tmp_path_factory) -> tuple[str, ShardRecord]:
 
 def embed(clip: str, shard: tuple[str, ShardRecord], out: Path, **config) -> ShardRecord:
     data, record = shard
-    work = Embedding(clip, data, EmbedConfig(**{"batch_size": 4, **config}))
-    return work(ShardTask(0, {"shard": record, "first": True}, {"data": "d", "clip": "c"}), str(out))()
+    work = Embedding(clip, data, EmbedConfig(**{"batch_size": 4, **config}), 0)
+    return work(ShardTask(0, record, {"data": "d", "clip": "c"}), str(out))()
 
 
 def test_every_column_is_row_aligned_and_the_encoders_own(clip, shard, tmp_path):

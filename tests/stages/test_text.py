@@ -39,8 +39,8 @@ def read(t5: Path, pictures: Path, out: Path, **config) -> ShardRecord:
     rows = sources.list_rows(SourceConfig(path=str(pictures)))
     data = str(out / "shards")
     record = write_shard(rows, 0, data, ShardConfig(resize="no", encode_format="png"))
-    work = Reading(str(t5), data, TextConfig(**config))
-    task = ShardTask(0, {"shard": record, "first": True}, {"data": "d", "t5": "t"})
+    work = Reading(str(t5), data, TextConfig(**config), 0)
+    task = ShardTask(0, record, {"data": "d", "t5": "t"})
     return work(task, str(out))()
 
 
