@@ -151,7 +151,7 @@ def demo() -> Recipe:
             ema_decay=0.995,
         ),
         prior=PriorConfig(
-            max_steps=200, validate_every=100, batch_size=128, learning_rate=1e-3, ema_decay=0.99
+            max_steps=160, validate_every=80, batch_size=128, learning_rate=1e-3, ema_decay=0.99
         ),
         denoiser=DenoiserConfig(
             block_out_channels=(64, 128),
@@ -160,7 +160,7 @@ def demo() -> Recipe:
             logit_std=1.3,
             max_noise_level=250,
             max_steps=1200,
-            validate_every=400,
+            validate_every=600,
             batch_size=32,
             learning_rate=1.2e-3,
             adam_beta2=0.95,
@@ -168,7 +168,7 @@ def demo() -> Recipe:
             ema_decay=0.995,
         ),
         evaluate=EvaluationConfig(
-            num_images=600, guidance_scale=2.0, num_inference_steps=15, noise_level=100
+            num_images=450, guidance_scale=2.0, num_inference_steps=12, noise_level=100
         ),
         expected_seconds=EXPECTED_SECONDS,
     )

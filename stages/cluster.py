@@ -102,6 +102,13 @@ def answers(address: str) -> bool:
     return head is not None and _answers(head)
 
 
+def is_own() -> bool:
+    """Whether the connected cluster is one that this process started, and that ends with it."""
+    import ray
+
+    return ray._private.worker._global_node is not None and ray._private.worker._global_node.is_head()
+
+
 def num_cpus() -> int:
     """CPUs of the connected cluster."""
     import ray

@@ -169,17 +169,18 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     """Runs Ray Train to its end in a thread; this thread shows progress and enforces the deadline."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from stages import train_worker  # which imports the loop and its checkpoints
+    from stages.trainer import ColumnTrainer
 
     records = storage.join(workspace.folder, "_meta", "ray")
     storage.remove_tree(records)  # Ray refuses to go on from a truncated record of its own
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # no worker's node
-    trainer = TorchTrainer(
+    trainer = ColumnTrainer(
         train_worker.work,
+        alone=cluster.is_own(),
         train_loop_config={
             "name": name,
             "config": config,
