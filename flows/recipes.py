@@ -100,18 +100,18 @@ class Recipe(Config):
 
 
 EXPECTED_SECONDS = {
-    "shard": 18.0,
-    "clip": 250.0,
-    "embed": 25.0,
-    "vae": 270.0,
-    "encode": 25.0,
-    "prior": 85.0,
-    "denoiser": 540.0,
-    "generate": 95.0,
-    "evaluate": 25.0,
+    "shard": 10.0,
+    "clip": 116.0,
+    "embed": 18.0,
+    "vae": 120.0,
+    "encode": 29.0,
+    "prior": 56.0,
+    "denoiser": 283.0,
+    "generate": 41.0,
+    "evaluate": 28.0,
     "report": 1.0,
 }
-"""Wall time of the demo's stages, measured on two cores of an old server CPU (AVX2 alone); a root's own timings replace them."""
+"""Wall time of the demo's stages, measured on two cores of a CPU with AVX-512; a root's own timings replace them."""
 
 
 def demo() -> Recipe:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from data.errors import UserError
 from stages import cluster
@@ -41,6 +42,21 @@ def test_any_other_failure_and_a_second_one_are_told(starts, ends):
     with pytest.raises(type(ends[0])):
         cluster._start({})
     assert starts == [None]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_a_run_has_started_is_its_own_and_one_that_it_is_attached_to_is_not(monkeypatch):
+    assert not cluster.is_own()
+    with cluster.cluster("local"):
+        assert cluster.is_own()
+    assert not cluster.is_own()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        with cluster.cluster(nodes.address):
+            assert not cluster.is_own()
+    finally:
+        nodes.shutdown()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from data import sources
@@ -124,6 +125,11 @@ def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpo
     assert {"config.json", "curve.parquet", "diffusion_pytorch_model.safetensors"} == {
         f.path for f in snapshot.files
     }
+    started = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert "RayTrainWorker" in started
+    assert not started & {"DatasetManager", "PlacementGroupCleaner"}, (
+        "each imports for seconds and does nothing"
+    )
 
 
 def _kill_worker_at_first_checkpoint(folder: Path) -> None:
