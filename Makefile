@@ -39,7 +39,7 @@ test-faults: .venv/.installed-dev
 	$(BIN)/python -m pytest -m faults
 
 test-fast: .venv/.installed-dev
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not peers"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .

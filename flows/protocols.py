@@ -32,14 +32,14 @@ COCO = "from COCO 2014 validation (annotations/captions_val2014.json of annotati
 
 PROTOCOLS: dict[str, EvaluationProtocol] = {
     "demo": EvaluationProtocol(
-        summary="the demo's own: 600 prompts of the dataset, guidance 2, 15 steps",
+        summary="the demo's own: 450 prompts of the dataset, guidance 2, 12 steps",
         fixes={
-            "num_images": 600,
+            "num_images": 450,
             "images_per_prompt": 1,
             "seed": 0,
             "guidance_scale": 2.0,
             "sampler": "dpm_solver",
-            "num_inference_steps": 15,
+            "num_inference_steps": 12,
             "noise_level": 100,
             "prompts": None,
             "reconstruction_images": 256,

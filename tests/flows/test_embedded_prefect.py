@@ -37,6 +37,9 @@ def start(home) -> Iterator[Start]:
         )
         assert run.stdout is not None
         started.append((run, int(run.stdout.readline())))
+        variables = Path(f"/proc/{started[-1][1]}/environ")
+        while not variables.read_bytes():  # a child that is still being loaded has none
+            time.sleep(0.01)
         return started[-1]
 
     yield begin
