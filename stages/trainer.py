@@ -12,7 +12,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 class ColumnTrainer(TorchTrainer):
     """A `TorchTrainer` that is given no datasets, since our loader reads columns, and starts no actor to manage them.
 
-    With `alone`, on a cluster that ends with this process, none either that would free its places after a driver's death.
+    With `alone`, on a cluster that ends with this process, none either that frees the workers' places when Ray's controller
+    dies: that fails the training, and the cluster goes with the run.
     """
 
     def __init__(self, *arguments: Any, alone: bool, **options: Any) -> None:

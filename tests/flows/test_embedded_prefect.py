@@ -37,9 +37,7 @@ def start(home) -> Iterator[Start]:
         )
         assert run.stdout is not None
         started.append((run, int(run.stdout.readline())))
-        variables = Path(f"/proc/{started[-1][1]}/environ")
-        while not variables.read_bytes():  # a child that is still being loaded has none
-            time.sleep(0.01)
+        loaded(started[-1][1])
         return started[-1]
 
     yield begin
@@ -49,6 +47,14 @@ def start(home) -> Iterator[Start]:
         run.stdout.close()
         if is_alive(server) and Path(f"/proc/{server}/cmdline").read_bytes().find(SLEEPER.encode()) >= 0:
             os.kill(server, signal.SIGKILL)
+
+
+def loaded(pid: int) -> None:
+    """Waits until `pid` has the environment of its program: one that is still being loaded has none."""
+    deadline = time.monotonic() + 10
+    while not Path(f"/proc/{pid}/environ").read_bytes():
+        assert time.monotonic() < deadline, f"process {pid} was not loaded within 10 s"
+        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
