@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import http
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 from data.urls import refuse_credentials
 
 SERVER = "prefect.server.api.server:create_app"
+SERVER_SETTINGS = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+"""What Prefect gives a server that lives as long as one run."""
+STARTING_SECONDS = 120.0
 NOTES = "servers"
 DATABASE_BYTES = 8_000_000
 """What a first run's database and its journal take."""
+
+
+_OWN: list[subprocess.Popen] = []
+"""The server that `start` started, until it is stopped."""
 
 
 def configure(home: Path, *, verbose: bool) -> None:
@@ -35,7 +48,6 @@ def configure(home: Path, *, verbose: bool) -> None:
         "PREFECT_HOME": str(home.resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL",
         "PREFECT_LOGGING_SERVER_LEVEL": "WARNING" if verbose else "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "ERROR" if verbose else "CRITICAL",
@@ -52,23 +64,66 @@ def is_within_flow_run() -> bool:
 
 
 def start(home: Path) -> None:
-    """Starts the embedded server, unless the user's environment names another, and notes it for a later run to end.
+    """Starts the embedded server, unless the user's settings name another, and notes it for a later run to end.
 
+    Returns at once: `wait` tells when it answers. Prefect's own way to start one imports all of the server here, too.
     Ctrl-C reaches every process of the terminal; the server is deaf to it, or the flow would wait for its answers for ever.
     """
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, get_current_settings
 
     if PREFECT_API_URL.value() or is_within_flow_run():
         return
-    server = SubprocessASGIServer()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))  # held from here on, so that no other process takes it meanwhile
+        listening.set_inheritable(True)
+        options = ("--fd", str(listening.fileno()), "--log-level", "error", "--lifespan", "on")
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+        try:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "uvicorn", "--factory", SERVER, *options],
+                env=os.environ | settings | SERVER_SETTINGS,
+                pass_fds=[listening.fileno()],
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        _use(f"http://127.0.0.1:{listening.getsockname()[1]}/api")
+    _OWN.append(server)
+    note(home, server.pid)
+
+
+def wait() -> None:
+    """Returns when the server that `start` started answers. Raises RuntimeError when it ends or takes two minutes."""
+    deadline = time.monotonic() + STARTING_SECONDS
+    for server in _OWN:
+        while not _is_healthy(f"{os.environ['PREFECT_API_URL']}/health"):
+            if (code := server.poll()) is not None:
+                raise RuntimeError(f"Prefect's server ended with {code} as it started")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Prefect's server did not answer within {STARTING_SECONDS:g} s")
+            time.sleep(0.1)
+
+
+def _is_healthy(url: str) -> bool:
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy does not know our loopback
     try:
-        server.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    assert server.server_process is not None
-    note(home, server.server_process.pid)
+        with direct.open(url, timeout=5) as answer:
+            return answer.status == http.HTTPStatus.OK
+    except OSError:
+        return False
+
+
+def _use(url: str | None) -> None:
+    """Makes `url` Prefect's API in this process, or takes it back."""
+    os.environ.pop("PREFECT_API_URL", None)
+    if url:
+        os.environ["PREFECT_API_URL"] = url
+    if "prefect.context" in sys.modules:
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def note(home: Path, pid: int) -> None:
@@ -96,15 +151,19 @@ def stop(home: Path) -> None:
         return
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
-    from prefect.server.api.server import SubprocessASGIServer
 
     for worker in (APILogWorker, EventsWorker):
         worker.drain_all(timeout=5)
-    for server in list(SubprocessASGIServer._instances.values()):
-        server.stop()
-    for noted in (home / NOTES).glob("[0-9]*"):
-        if noted.read_text() == str(os.getpid()):
-            noted.unlink(missing_ok=True)
+    while _OWN:
+        server = _OWN.pop()
+        server.terminate()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        (home / NOTES / str(server.pid)).unlink(missing_ok=True)
+        _use(None)
 
 
 def _parent(pid: int) -> int | None:

@@ -6,9 +6,9 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +206,14 @@ def run_stages(
     is_local = storage.is_local(plan.root)
     home = storage.local_path(plan.root) / ".prefect" if is_local else Path.home() / ".cache/darkroom/prefect"
     embedded_prefect.configure(home, verbose=verbose)
-    from flows.pipeline import FAILURES, WATCH, pipeline
-
     failures: list[Exception] = []
     with ExitStack() as stack:
         bars = stack.enter_context(console.Bars())
         stack.callback(embedded_prefect.stop, home)
+        embedded_prefect.start(home)  # which imports for as long as all that follows, up to the wait for it
+        from flows.pipeline import FAILURES, WATCH, pipeline
+        from stages import train
+
         stack.enter_context(logs.at(run=plan.run))
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a flow that surrounds this has its own
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -220,7 +222,11 @@ def run_stages(
         stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]
         try:
-            _start_both(stack, home, address, verbose=verbose)
+            if not is_job_server(address):
+                stack.enter_context(cluster(address, verbose=verbose))
+                if not train.STAGES.keys().isdisjoint(spec["stage"] for spec in specs):
+                    import_module("stages.trainer")  # Ray Train, while the server still starts
+            embedded_prefect.wait()
             results = pipeline(plan.run, specs, address=address, verbose=verbose)
         except Exception as error:
             if error in failures or isinstance(error, DarkroomError):
@@ -230,15 +236,6 @@ def run_stages(
             console.log.debug("the flow failed", exc_info=error)
             raise StageFailed(_outside_stages(error)) from error
     return {result["name"]: result["seconds"] for result in results}
-
-
-def _start_both(stack: ExitStack, home: Path, address: str, *, verbose: bool) -> None:
-    """Starts Prefect's server and reaches the cluster, side by side: each waits for processes that import for seconds."""
-    with ThreadPoolExecutor(1) as beside:
-        server = beside.submit(embedded_prefect.start, home)
-        if not is_job_server(address):
-            stack.enter_context(cluster(address, verbose=verbose))
-        server.result()
 
 
 def _outside_stages(error: Exception) -> str:

@@ -32,6 +32,9 @@ _ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 ANSWER_SECONDS = 20.0
 """How long a head may take to answer its first question."""
 
+RESTING: list[Any] = []
+"""Actors of an own cluster between two stages, free to be given the work of the next: they have imported its libraries."""
+
 
 @contextmanager
 def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
@@ -56,6 +59,7 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        RESTING.clear()
         ray.shutdown()
 
 
@@ -65,14 +69,8 @@ def _start(options: dict[str, Any]) -> None:
 
     for attempt in (1, 2):
         try:
-            # A packaged working directory would hide the checkout behind a copy; workers import what the driver imports.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=os.cpu_count(),
-                runtime_env=_runtime(),
-                **options,
-            )
+            with _importable():
+                ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **options)
             return
         except Exception as error:  # Ray has no class of its own for it
             if attempt == 2 or "timed out during startup" not in str(error):
@@ -197,8 +195,28 @@ def _answers(head: str) -> bool:
     return True
 
 
-def _runtime() -> dict:
+@contextmanager
+def _importable() -> Iterator[None]:
+    """Within the block, an environment in which workers import what this process imports.
+
+    Ray's own `runtime_env` would do, but the workers that Ray starts ahead have none, and would be replaced one by one.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = _import_path()
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def _import_path() -> str:
+    # A packaged working directory would hide the checkout behind a copy.
     checkout = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+
+
+def _runtime() -> dict:
     # Of another one's cluster, workers have none of our environment; an actor without a GPU would see all of its node's.
-    return {"env_vars": {"PYTHONPATH": path, _HIDES_GPUS: "1"}}
+    return {"env_vars": {"PYTHONPATH": _import_path(), _HIDES_GPUS: "1"}}

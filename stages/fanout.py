@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,9 @@ from stages import cluster, logs, spending, telemetry
 from stages.contract import STOPPING_SECONDS, FanoutConfig, Inputs, Workspace
 
 log = logging.getLogger("darkroom.shards")
+
+MAX_RESTING = 4
+"""Actors kept from one stage to the next: each holds several hundred megabytes of libraries."""
 
 Writing = Callable[[], ShardRecord]
 """What is left of a shard once it is computed: publishes its files and returns its record."""
@@ -132,7 +136,7 @@ class _Pool:
         self.starting: dict[Any, Any] = {}
         self.idle: list[Any] = []
         size = min(len(todo), _room(self.config))
-        self.actor = lambda: _actor(self.config).remote(work, dict(arguments), dict(logs.place()))
+        self.work = (work, dict(arguments), dict(logs.place()))
         for _ in range(size):
             self._spawn()
         self.last_finish = time.monotonic()
@@ -186,12 +190,16 @@ class _Pool:
 
         self.meter.note()
         busy = [actor for _, actor in (*self.running.values(), *self.computed, *self.writing.values())]
-        for actor in {*self.idle, *self.starting.values(), *busy}:
+        kept = self.idle[:MAX_RESTING] if _may_rest() else []
+        for actor in kept:
+            actor.rest.remote()
+        cluster.RESTING.extend(kept)
+        for actor in {*self.idle, *self.starting.values(), *busy} - {*kept}:
             ray.kill(actor)
 
     def _spawn(self) -> None:
-        actor = self.actor()
-        self.starting[actor.answer.remote()] = actor
+        actor = cluster.RESTING.pop() if cluster.RESTING else _actor(self.config)
+        self.starting[actor.begin.remote(*self.work)] = actor
 
     def _welcome(self, reference: Any) -> None:
         import ray
@@ -259,6 +267,8 @@ def _room(config: FanoutConfig) -> int:
     if config.num_gpus:
         room = min(room, int(cluster.num_gpus() / config.num_gpus))
     wanted = config.num_workers or room
+    if _may_rest():
+        return min(wanted, room)  # they hold no CPU that would keep the others waiting
     if room < 1 or (config.num_gpus and wanted > room):
         raise UserError(
             f"fanout.num_workers={config.num_workers or 1} with fanout.num_gpus={config.num_gpus:g}: the cluster's "
@@ -267,27 +277,37 @@ def _room(config: FanoutConfig) -> int:
     return wanted
 
 
+def _may_rest() -> bool:
+    """Whether actors outlive a stage: where no other run waits for their CPU, and no network of theirs fills a GPU."""
+    return cluster.is_own() and not cluster.num_gpus()
+
+
 def _actor(config: FanoutConfig) -> Any:
     import ray
 
+    # One that rests holds no CPU, or the training between two stages would wait for it.
+    room = {"num_cpus": 0 if _may_rest() else 1, "num_gpus": config.num_gpus}
     # max_task_retries=0: Ray would repeat a poison shard unseen; attempts are counted here and nowhere else.
-    return ray.remote(num_cpus=1, num_gpus=config.num_gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    return ray.remote(**room, max_restarts=0, max_task_retries=0)(_Worker).remote()
 
 
 class _Worker:
     """The actor's body: builds its work at its first task, where an error reaches the driver as what it is."""
 
-    def __init__(
-        self, work: Callable[..., ShardWork], arguments: dict[str, Any], place: dict[str, Any]
-    ) -> None:
+    def __init__(self) -> None:
         logs.set_up_worker()
-        self.place = place
-        self.build = functools.cache(functools.partial(work, **arguments))
         self.writer = ThreadPoolExecutor(1, "write")
         self.writing: dict[int, Future[ShardRecord]] = {}
 
-    def answer(self) -> None:
-        """Tells that it has a place in the cluster."""
+    def begin(self, work: Callable[..., ShardWork], arguments: dict[str, Any], place: dict[str, Any]) -> None:
+        """Takes the work of a stage. That it returns tells that the actor has a place in the cluster."""
+        self.place = place
+        self.build = functools.cache(functools.partial(work, **arguments))
+
+    def rest(self) -> None:
+        """Lets go of what it built."""
+        del self.build
+        gc.collect()
 
     def run(self, task: ShardTask, folder: str) -> ShardRecord | None:
         """The record of a finished shard; None while it is still written, which `written` waits for."""

@@ -16,22 +16,12 @@ from stages import cluster, logs, model_card, publishing, spending
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import STOPPING_SECONDS, Inputs, Stage, Workspace, commit
+from stages.trainables import CONFIGS
 from training import checkpoint_facts, sinks
 from training.checkpoint_places import place_of
-from training.systems import clip, denoiser, prior, vae
 from training.systems.system import TrainConfig
 
 log = logging.getLogger("darkroom.train")
-
-FIT = {"clip": clip.fit, "vae": vae.fit, "prior": prior.fit, "denoiser": denoiser.fit}
-"""trainable -> fit(config, columns): what the data tells a trainable before it is built."""
-
-CONFIGS = {
-    "clip": clip.ClipConfig,
-    "vae": vae.VaeConfig,
-    "prior": prior.PriorConfig,
-    "denoiser": denoiser.DenoiserConfig,
-}
 
 READS = {
     "clip": frozenset({"image", "caption"}),
@@ -183,8 +173,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
         alone=cluster.is_own(),
         train_loop_config={
             "name": name,
-            "config": config,
-            "fit": FIT[name],
+            "config": config.model_dump(mode="json"),
             "inputs": [(s.model_dump(), s.folder) for s in _read_from(inputs).values()],
             "start": inputs[START].folder if START in inputs else None,
             "folder": workspace.folder,
@@ -295,4 +284,4 @@ def _ray_storage(url: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
 
 
-STAGES = {name: training_stage(name) for name in FIT}
+STAGES = {name: training_stage(name) for name in CONFIGS}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from data.config import result_fields
 from data.loader import ColumnSet, batches, held_out_batches, key_at
 from data.manifest import Snapshot
 from stages import logs, publishing, telemetry
+from stages.trainables import CONFIGS, FIT
 from training import beginning, distributed, loop
 from training.checkpoint import TrainState
 from training.pretrained import local_folder
@@ -30,18 +33,44 @@ def work(spec: dict[str, Any]) -> None:
     Publishes nothing where the board says that it shall stop: a checkpoint holds what it has then.
     """
     logs.set_up_worker()
-    with logs.at(**spec["place"]):
+    _meet()
+    with logs.at(**spec["place"]), distributed.process_group():
         _train(spec)
 
 
+def _meet() -> None:
+    """Tells this process its rank, and where rank 0 is, in the words of `torchrun`."""
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    mine = ray.train.get_context()
+    here = (ray.util.get_node_ip_address(), _free_port()) if mine.get_world_rank() == 0 else None
+    address, port = broadcast_from_rank_zero(here)
+    os.environ |= {
+        "RANK": str(mine.get_world_rank()),
+        "WORLD_SIZE": str(mine.get_world_size()),
+        "LOCAL_RANK": str(mine.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(mine.get_local_world_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("", 0))
+        return bound.getsockname()[1]
+
+
 def _train(spec: dict[str, Any]) -> None:
-    config = spec["config"]
+    config = CONFIGS[spec["name"]].model_validate(spec["config"])
     everything = ColumnSet(
         [Snapshot.model_validate(s).model_copy(update={"folder": f}) for s, f in spec["inputs"]]
     )
     columns, held = everything.split(config.held_out(len(everything)))
-    trainable: Trainable = spec["fit"](config, columns)
-    report, close = _reports(spec) if distributed.rank() == 0 else (lambda _: None, lambda: None)
+    trainable: Trainable = FIT[spec["name"]](config, columns)
+    report, close = _reports(spec, config) if distributed.rank() == 0 else (lambda _: None, lambda: None)
     state = loop.train(
         trainable,
         lambda step: _batches(trainable, columns, config, step),
@@ -104,9 +133,11 @@ def _held_out(
     )
 
 
-def _reports(spec: dict[str, Any]) -> tuple[Callable[[loop.Row], None], Callable[[], None]]:
+def _reports(
+    spec: dict[str, Any], config: TrainConfig
+) -> tuple[Callable[[loop.Row], None], Callable[[], None]]:
     """What takes each row of the training, and what closes the sinks behind it."""
-    board, config = spec["board"], spec["config"]
+    board = spec["board"]
     kept = Sinks(
         storage.join(spec["folder"], "_meta"),
         config.log_to,

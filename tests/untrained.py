@@ -23,7 +23,7 @@ from flows.comparing import baselines_of
 from flows.graph import unclip_nodes
 from flows.plan import Plan, PlannedStage, make_plan
 from flows.recipes import demo, edited
-from stages import embed, encode, evaluate, generate, publishing, shard, train
+from stages import embed, encode, evaluate, generate, publishing, shard, train, trainables
 from stages.catalogue import STAGES
 from stages.contract import Workspace, commit
 from stages.fanout import ShardTask
@@ -79,7 +79,7 @@ def make(plan: Plan, stage: PlannedStage) -> Snapshot:
     inputs = {role: ref.open() for role, ref in spec.inputs.items()}
     config = STAGES[stage.name].config.model_validate(spec.config)
     workspace = Workspace(stage.folder, stage.fingerprint)
-    if stage.name in train.FIT:
+    if stage.name in trainables.FIT:
         return _untrained(stage.name, config, inputs, workspace)
     with pytest.MonkeyPatch.context() as patch:
         for module in MAPPED:
@@ -99,7 +99,7 @@ def finish(plan: Plan) -> dict[str, Any]:
 
 def _untrained(name: str, config: Any, inputs: Mapping[str, Snapshot], workspace: Workspace) -> Snapshot:
     torch.manual_seed(0)
-    trainable = train.FIT[name](config, ColumnSet([s for role, s in inputs.items() if role != START]))
+    trainable = trainables.FIT[name](config, ColumnSet([s for role, s in inputs.items() if role != START]))
     with publishing.publishing(workspace.folder) as folder:
         facts = trainable.publish(trainable.build().eval(), folder)
         pq.write_table(pa.table({"step": [1], "loss": [1.0]}), folder / "curve.parquet")

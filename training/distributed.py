@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.execution import blocks
+
+PATIENCE = timedelta(minutes=30)
+"""How long a worker waits for the others: one of them may be writing what it publishes."""
 
 
 def rank() -> int:
@@ -63,11 +67,16 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A process group for plain `torchrun`; does nothing when alone or when someone (Ray Train) made one already."""
+    """A process group of those whom RANK, WORLD_SIZE and MASTER_ADDR name, as `torchrun` sets them; none when alone.
+
+    One that is there already is used as it is.
+    """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

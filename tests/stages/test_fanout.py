@@ -188,6 +188,25 @@ def test_more_workers_than_the_cluster_has_room_for_hold_no_shard_back(place):
     assert len(records) == len(tasks)
 
 
+def workers(arguments: dict[str, str]) -> set[int]:
+    return {int(mark.name.split("-")[1]) for mark in Path(arguments["marks"]).iterdir()}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_a_cluster_of_ones_own_the_next_stage_has_the_same_workers_and_one_that_died_at_rest_is_replaced(
+    place,
+):
+    workspace, arguments = place
+    workspace = replace(workspace, fanout=FanoutConfig(num_workers=1))
+    map_shards(Working, arguments, [ShardTask(0, "fine")], workspace)
+    (first,) = workers(arguments)
+    map_shards(Working, arguments, [ShardTask(1, "fine")], workspace)
+    assert workers(arguments) == {first}
+    os.kill(first, signal.SIGKILL)
+    map_shards(Working, arguments, [ShardTask(2, "fine")], workspace)
+    assert len(workers(arguments)) == 2 and calls(arguments) == [0, 1, 2]
+
+
 DRIVER = """
 import sys
 from stages.cluster import cluster
