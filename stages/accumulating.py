@@ -21,6 +21,9 @@ def accumulate_on_cluster(features: np.ndarray, spans: Sequence[Span]) -> Iterat
     import ray
     from ray.exceptions import RayTaskError
 
+    if len(spans) == 1:  # sooner done here than a worker is found for it
+        yield _moments(features, spans[0])
+        return
     task, shared = ray.remote(num_cpus=1)(_moments), ray.put(features)
     for reference in [task.remote(shared, span) for span in spans]:
         try:
