@@ -76,7 +76,9 @@ def start(home: Path) -> None:
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))  # held from here on, so that no other process takes it meanwhile
-        listening.set_inheritable(True)
+        listening.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )  # uvicorn forgets it for a socket it is given
         options = ("--fd", str(listening.fileno()), "--log-level", "error", "--lifespan", "on")
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
         try:
@@ -85,11 +87,11 @@ def start(home: Path) -> None:
                 env=os.environ | settings | SERVER_SETTINGS,
                 pass_fds=[listening.fileno()],
             )
+            _OWN.append(server)
+            note(home, server.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         _use(f"http://127.0.0.1:{listening.getsockname()[1]}/api")
-    _OWN.append(server)
-    note(home, server.pid)
 
 
 def wait() -> None:
@@ -149,21 +151,23 @@ def stop(home: Path) -> None:
     """Flushes what Prefect still has to write and ends the embedded server; a flow run of a worker goes on writing."""
     if is_within_flow_run():
         return
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
+    try:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
 
-    for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=5)
-    while _OWN:
-        server = _OWN.pop()
-        server.terminate()
-        try:
-            server.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        (home / NOTES / str(server.pid)).unlink(missing_ok=True)
-        _use(None)
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=5)
+    finally:
+        while _OWN:
+            server = _OWN.pop()
+            server.terminate()
+            try:
+                server.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            (home / NOTES / str(server.pid)).unlink(missing_ok=True)
+            _use(None)
 
 
 def _parent(pid: int) -> int | None:

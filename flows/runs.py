@@ -209,15 +209,15 @@ def run_stages(
     failures: list[Exception] = []
     with ExitStack() as stack:
         bars = stack.enter_context(console.Bars())
+        stack.enter_context(logs.at(run=plan.run))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a flow that surrounds this has its own
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         stack.callback(embedded_prefect.stop, home)
         embedded_prefect.start(home)  # which imports for as long as all that follows, up to the wait for it
         from flows.pipeline import FAILURES, WATCH, pipeline
         from stages import train
 
-        stack.enter_context(logs.at(run=plan.run))
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # a flow that surrounds this has its own
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
         stack.callback(WATCH.reset, WATCH.set(_watching(bars)))
         stack.callback(FAILURES.reset, FAILURES.set(failures))
         specs = [spec_of(plan, stage).model_dump(mode="json") for stage in pending]

@@ -32,8 +32,7 @@ _ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 ANSWER_SECONDS = 20.0
 """How long a head may take to answer its first question."""
 
-RESTING: list[Any] = []
-"""Actors of an own cluster between two stages, free to be given the work of the next: they have imported its libraries."""
+_RESTING: dict[str, list[Any]] = {}
 
 
 @contextmanager
@@ -59,7 +58,7 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        RESTING.clear()
+        _RESTING.clear()
         ray.shutdown()
 
 
@@ -105,6 +104,16 @@ def is_own() -> bool:
     import ray
 
     return ray._private.worker._global_node is not None and ray._private.worker._global_node.is_head()
+
+
+def resting() -> list[Any]:
+    """Actors of the connected cluster between two stages, free to be given the work of the next. None on another's cluster.
+
+    They have imported what a stage imports, and end with the cluster.
+    """
+    import ray
+
+    return _RESTING.setdefault(ray._private.worker._global_node.session_name, []) if is_own() else []
 
 
 def num_cpus() -> int:

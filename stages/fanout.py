@@ -25,8 +25,8 @@ from stages.contract import STOPPING_SECONDS, FanoutConfig, Inputs, Workspace
 
 log = logging.getLogger("darkroom.shards")
 
-MAX_RESTING = 4
-"""Actors kept from one stage to the next: each holds several hundred megabytes of libraries."""
+MAX_RESTING = 2
+"""Actors kept from one stage to the next: each holds several hundred megabytes of libraries beside a training."""
 
 Writing = Callable[[], ShardRecord]
 """What is left of a shard once it is computed: publishes its files and returns its record."""
@@ -190,15 +190,16 @@ class _Pool:
 
         self.meter.note()
         busy = [actor for _, actor in (*self.running.values(), *self.computed, *self.writing.values())]
-        kept = self.idle[:MAX_RESTING] if _may_rest() else []
+        kept = [actor for actor in self.idle if actor not in busy][:MAX_RESTING] if _may_rest() else []
         for actor in kept:
             actor.rest.remote()
-        cluster.RESTING.extend(kept)
+            cluster.resting().append(actor)
         for actor in {*self.idle, *self.starting.values(), *busy} - {*kept}:
             ray.kill(actor)
 
     def _spawn(self) -> None:
-        actor = cluster.RESTING.pop() if cluster.RESTING else _actor(self.config)
+        resting = cluster.resting()
+        actor = resting.pop() if resting else _actor(self.config)
         self.starting[actor.begin.remote(*self.work)] = actor
 
     def _welcome(self, reference: Any) -> None:
@@ -267,14 +268,14 @@ def _room(config: FanoutConfig) -> int:
     if config.num_gpus:
         room = min(room, int(cluster.num_gpus() / config.num_gpus))
     wanted = config.num_workers or room
-    if _may_rest():
-        return min(wanted, room)  # they hold no CPU that would keep the others waiting
     if room < 1 or (config.num_gpus and wanted > room):
         raise UserError(
             f"fanout.num_workers={config.num_workers or 1} with fanout.num_gpus={config.num_gpus:g}: the cluster's "
             f"{cluster.num_gpus()} GPUs hold {room} such workers; use at most that many"
         )
-    return wanted
+    return (
+        min(wanted, room) if _may_rest() else wanted
+    )  # those that may rest hold no CPU for which others would wait
 
 
 def _may_rest() -> bool:

@@ -6,6 +6,7 @@ name. Nothing here may bring it in.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
@@ -58,3 +59,11 @@ class _Devices(BackendConfig):
 
 class _SharedDevices(Backend):
     share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
+        """Has the workers import now, while Ray still replaces one that dies: later, that would fail the training."""
+        worker_group.execute(_load)
+
+
+def _load() -> None:
+    import_module("stages.train_worker")

@@ -77,10 +77,8 @@ def process_group() -> Iterator[None]:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after a failure: the others may be waiting in a collective, and it for them
 
 
 def distribute(model: nn.Module, *, fsdp: bool) -> nn.Module:

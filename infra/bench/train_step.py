@@ -9,6 +9,8 @@ numbers, loss, backward, clipping, AdamW. Both go in turns, step by step; a figu
     denoiser    the demo's U-Net at batch 32: wall ours / bare, and the moving average's share of a step
     tiny        a two-layer perceptron on 16 samples: microseconds of our step over the bare one
     encoding    the denoiser's step from stored columns against encoding pictures and captions in every step
+    unclip      the same for one sample of the `unclip` recipe at its true sizes: forward and backward pass, no optimizer, which
+                a sample's share of a batch of hundreds would not show; takes 15 GB
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flows.recipes import demo
+from embed import SD_VAE
+
+from flows.recipes import demo, unclip
 from training import loop, optim, spikes
 from training.randomness import Draws
 from training.systems import clip, denoiser, vae
@@ -208,13 +212,48 @@ def encoding_race(rounds: int) -> dict[str, float]:
         encode()
         ours()
 
-    pairs = in_turns([ours, on_the_fly], rounds)
+    return _stored_beside_encoded(in_turns([ours, on_the_fly], rounds))
+
+
+def _stored_beside_encoded(pairs: list[list[tuple[float, float]]]) -> dict[str, float]:
     return {
         "steps_cpu_ratio": median(p[1][1] / p[0][1] for p in pairs),
         "stored_ms": 1e3 * median(p[0][0] for p in pairs),
         "on_the_fly_ms": 1e3 * median(p[1][0] for p in pairs),
         "steps_ratio": median(p[1][0] / p[0][0] for p in pairs),
     }
+
+
+def unclip_race(rounds: int) -> dict[str, float]:
+    """The `unclip` recipe's U-Net on one sample from stored columns, and with ViT-L/14 and SD's VAE run on it before."""
+    import open_clip
+    from diffusers import AutoencoderKL
+
+    recipe = unclip()
+    towers = open_clip.create_model("ViT-L-14").eval()
+    autoencoder = AutoencoderKL(**SD_VAE).eval()
+    columns = RandomColumns({"vae_moments": (8, 32, 32), "img_emb": (768,), "text_hidden": (77, 768)})
+    config = recipe.denoiser.model_copy(update={"precision": "fp32", "activation_checkpointing": False})
+    trainable = denoiser.fit(config, columns)
+    batch, model = columns.batch(trainable.columns, 1), trainable.build()
+    picture, small = torch.rand(1, 3, 256, 256), torch.rand(1, 3, 224, 224)
+    tokens = open_clip.get_tokenizer("ViT-L-14")(["a red bicycle in front of a wall"])
+
+    def ours() -> None:
+        trainable.loss(model, batch, Draws(0, batch["position"])).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def encode() -> None:
+        towers.encode_image(small)
+        towers.encode_text(tokens)
+        autoencoder.encode(2 * picture - 1)
+
+    def on_the_fly() -> None:
+        encode()
+        ours()
+
+    return _stored_beside_encoded(in_turns([ours, on_the_fly], rounds))
 
 
 def demo_denoiser() -> tuple[denoiser.Denoiser, denoiser.DenoiserConfig, Batch]:
@@ -256,7 +295,12 @@ def repeat(work: Callable[[], None], times: int) -> None:
         work()
 
 
-RACES = {"denoiser": denoiser_race, "tiny": tiny_race, "encoding": encoding_race}
+RACES = {
+    "denoiser": denoiser_race,
+    "tiny": tiny_race,
+    "encoding": encoding_race,
+    "unclip": unclip_race,
+}
 TARGETS = {
     "wall_ratio": "≤ 1.05",
     "cpu_ratio": "≤ 1.05",

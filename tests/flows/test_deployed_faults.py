@@ -30,7 +30,7 @@ from prefect_server import (
     talking_to,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1800)]
 PICTURES, PER_SHARD = 400, 5
 
 
