@@ -100,15 +100,15 @@ class Recipe(Config):
 
 
 EXPECTED_SECONDS = {
-    "shard": 10.0,
-    "clip": 116.0,
-    "embed": 18.0,
-    "vae": 120.0,
-    "encode": 29.0,
-    "prior": 56.0,
-    "denoiser": 283.0,
-    "generate": 41.0,
-    "evaluate": 28.0,
+    "shard": 9.0,
+    "clip": 99.0,
+    "embed": 10.0,
+    "vae": 100.0,
+    "encode": 13.0,
+    "prior": 48.0,
+    "denoiser": 268.0,
+    "generate": 18.0,
+    "evaluate": 8.0,
     "report": 1.0,
 }
 """Wall time of the demo's stages, measured on two cores of a CPU with AVX-512; a root's own timings replace them."""

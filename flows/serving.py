@@ -20,6 +20,8 @@ HOST = "127.0.0.1"
 START_SECONDS = 180.0
 END_SECONDS = 90.0
 """How long runs get to end, and then a worker, before they are killed."""
+IDLE_END_SECONDS = 5.0
+"""How long a worker or a server that runs nothing gets, before it is asked again."""
 
 
 def serve(
@@ -115,8 +117,12 @@ def _cancel_runs(pool: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Asks twice, then kills the whole session: a worker that has lost its server does not hear the first request."""
-    for seconds in (patience, 10.0):
+    """Asks twice, then kills the whole session.
+
+    A worker that has lost its server, or has run something before, may not hear the first request; where it runs nothing,
+    there is nothing to be patient for.
+    """
+    for seconds in (patience if _has_children(process.pid) else min(patience, IDLE_END_SECONDS), 10.0):
         if process.poll() is None:
             process.terminate()
         try:
@@ -127,6 +133,12 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what it left behind, such as a run that heard nothing
     process.wait()
+
+
+def _has_children(pid: int) -> bool:
+    with suppress(OSError):
+        return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return False
 
 
 @contextmanager

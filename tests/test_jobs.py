@@ -130,6 +130,7 @@ def test_a_stage_is_a_job_and_its_shards_are_those_of_a_run_on_this_machine(
     assert not [log for log in cluster.folder.rglob("job-driver-*.log") if secret in log.read_bytes()]
 
 
+@pytest.mark.faults
 def test_a_command_that_is_told_to_end_stops_its_job_after_the_shards_begun(cluster, tmp_path):
     line = command("run", "demo", "--until=shard", f"--address={cluster.http}", root=tmp_path, settings=LONG)
     client = subprocess.Popen(
@@ -152,6 +153,7 @@ def test_a_command_that_is_told_to_end_stops_its_job_after_the_shards_begun(clus
     assert kept.items() <= receipts(spec).items() and load_snapshot(spec.folder, spec.fingerprint)
 
 
+@pytest.mark.faults
 def test_a_run_that_is_submitted_needs_no_client_stops_tidily_and_goes_on_where_it_was(
     cluster, darkroom, tmp_path, monkeypatch
 ):
@@ -242,6 +244,7 @@ def training(cluster, tmp_path_factory) -> StageSpec:
     )
 
 
+@pytest.mark.faults
 def test_a_stopped_training_saves_a_checkpoint_and_goes_on_from_it(cluster, training, tmp_path):
     client = start(training, tmp_path, cluster.http, cluster.token)
     metrics = Path(training.folder, "_meta", "tensorboard")
@@ -267,6 +270,7 @@ def test_a_stopped_training_saves_a_checkpoint_and_goes_on_from_it(cluster, trai
 # --- what the cluster loses -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_a_lost_node_holds_no_job_up(cluster, tmp_path):
     spec = shards(tmp_path, LONG | {"fanout.num_workers": 2})
     node = cluster.add_node(num_cpus=1)
@@ -278,6 +282,7 @@ def test_a_lost_node_holds_no_job_up(cluster, tmp_path):
     assert kept.items() <= receipts(spec).items() and load_snapshot(spec.folder, spec.fingerprint)
 
 
+@pytest.mark.faults
 def test_a_job_whose_head_is_lost_is_submitted_to_the_next_head_and_makes_nothing_twice(tmp_path):
     with ray_cluster() as cluster:
         head = cluster.start_head(num_cpus=1)
@@ -293,6 +298,7 @@ def test_a_job_whose_head_is_lost_is_submitted_to_the_next_head_and_makes_nothin
     assert kept.items() <= receipts(spec).items() and load_snapshot(spec.folder, spec.fingerprint)
 
 
+@pytest.mark.faults
 def test_a_head_that_does_not_come_back_ends_the_wait_with_what_to_do(tmp_path):
     with ray_cluster() as cluster:
         head = cluster.start_head(num_cpus=1)
@@ -337,6 +343,7 @@ def test_a_driver_that_no_node_has_room_for_is_given_up_with_what_it_waits_for(c
     assert code == 0 and len(cluster.jobs_of(spec.folder)) == 2, "what waits for too much is not adopted"
 
 
+@pytest.mark.faults
 def test_a_job_that_tells_nothing_any_more_is_stopped(cluster, tmp_path):
     spec = shards(tmp_path, LONG | {"fanout.stall_seconds": 20})
     client = start(spec, tmp_path, cluster.http, cluster.token)

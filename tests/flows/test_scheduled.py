@@ -43,6 +43,7 @@ SETTINGS = {
     for training in TRAININGS
     for name, value in (("max_steps", 2), ("batch_size", 8), ("num_workers", 1))
 }
+SETTINGS["fanout.num_workers"] = 1
 STILL = {
     f"{part}.{k}": v for part in ("prior", "denoiser") for k, v in (("max_steps", 1), ("learning_rate", 1e-9))
 }
