@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,9 @@ _ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 ANSWER_SECONDS = 20.0
 """How long a head may take to answer its first question."""
+
+ENDING_SECONDS = 5.0
+"""How long the processes of an own cluster get to end by themselves."""
 
 _RESTING: dict[str, list[Any]] = {}
 
@@ -58,8 +62,34 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        _RESTING.clear()
-        ray.shutdown()
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """Leaves the cluster; ends one of our own with every process of it, since a worker now and then hangs as it exits."""
+    import ray
+
+    own = ray._private.worker._global_node if is_own() else None
+    raylets = [info.process.pid for info in own.all_processes.get("raylet", [])] if own else []
+    _RESTING.clear()
+    ray.shutdown()
+    deadline = time.monotonic() + ENDING_SECONDS
+    while left := [pid for raylet in raylets for pid in _workers_of(raylet)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _workers_of(raylet: int) -> list[int]:
+    """The pids of the processes that the raylet of this pid started, and of theirs."""
+    mark, found = f"RAY_RAYLET_PID={raylet}".encode(), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+    return found
 
 
 def _start(options: dict[str, Any]) -> None:

@@ -1,3 +1,7 @@
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -57,6 +61,16 @@ def test_a_cluster_that_a_run_has_started_is_its_own_and_one_that_it_is_attached
             assert not cluster.is_own()
     finally:
         nodes.shutdown()
+
+
+@pytest.mark.slow
+def test_no_process_of_an_own_cluster_outlives_it_even_one_that_hangs(monkeypatch):
+    monkeypatch.setattr(cluster, "ENDING_SECONDS", 0.5)
+    with cluster.cluster("local"):
+        (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+        environment = os.environ | {"RAY_RAYLET_PID": str(raylet.process.pid)}
+        hanging = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env=environment)
+    assert hanging.wait(1) == -signal.SIGKILL
 
 
 @pytest.fixture
