@@ -11,7 +11,7 @@ import numpy as np
 from data import columns, storage
 from data.errors import UserError
 from data.manifest import ShardRecord, Snapshot
-from flows import recipes, runs, settings
+from flows import assignments, runs, settings
 from flows.comparing import measured_of, side_by_side
 from flows.lineage import made_for
 from flows.side_by_side import Pair, page
@@ -55,7 +55,7 @@ def _of_both(question: Any, made: Sequence[Mapping[str, Snapshot]], stage: str) 
 
 def _config(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The settings that differ; `operational` ones say how and not what, and are in no fingerprint."""
-    fields = recipes.paths()
+    fields = assignments.paths()
     then, now = settings.flat(a), settings.flat(b)
     return [
         {

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from flows import places, recipes
+from flows.assignments import edited
 from flows.comparing import baselines_of
 from flows.graph import prepare_nodes, unclip_nodes
 from flows.plan import Plan, make_plan
@@ -34,7 +35,7 @@ def recipe_plan(
     these cannot be.
     """
     assignments = [*assignments]
-    recipe = recipes.edited(recipes.find(name), assignments)
+    recipe = edited(recipes.find(name), assignments)
     recipe = recipe if data is None else recipes.with_data(recipe, data)
     root = places.checked_root(root)
     build = partial(
@@ -68,5 +69,5 @@ def _fitted(recipe: Recipe, rows: int | None, assignments: Iterable[str]) -> Rec
 
 def prepare_plan(source: str, *, assignments: Iterable[str], root: str, retry_failed: bool) -> Plan:
     """The plan of preprocessing `source` alone."""
-    recipe = recipes.with_data(recipes.edited(recipes.prepare(), assignments), source)
+    recipe = recipes.with_data(edited(recipes.prepare(), assignments), source)
     return make_plan(recipe, prepare_nodes(recipe, retry_failed=retry_failed), places.checked_root(root))

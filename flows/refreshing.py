@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data.errors import UserError
 from data.manifest import load_snapshot
 from data.stored import name_of
-from flows import places, recipes, runs
+from flows import assignments, places, recipes, runs
 from flows.comparing import measured_in, measured_of
 from flows.parameters import RefreshParameters, assigned
 from flows.plan import Plan
@@ -91,7 +91,7 @@ def holder_scores(refresh: Refresh, run: RefreshParameters) -> dict[str, Mapping
 def _parts(root: str, holder: str, run: RefreshParameters) -> dict[str, InputRef]:
     """The holder's trained parts as far as stages of ours made them and `run` names no others."""
     record = runs.find(root, holder)
-    recipe = recipes.edited(recipes.find(run.recipe), run.assignments)
+    recipe = assignments.edited(recipes.find(run.recipe), run.assignments)
     if record["recipe"]["name"] != recipe.name:
         raise UserError(
             f"production is {holder}, a run of {record['recipe']['name']}: refresh that recipe, or promote a run of {recipe.name}"

@@ -202,9 +202,10 @@ def _kill_during(stage: str, line: list[str], root: Path) -> None:
 
 
 def test_the_spec_of_a_stage_runs_by_itself(tmp_path):
+    from flows.assignments import edited
     from flows.graph import unclip_nodes
     from flows.plan import make_plan
-    from flows.recipes import edited, find
+    from flows.recipes import find
     from flows.runs import spec_of
 
     recipe = edited(find("demo"), [f"{path}={value}" for path, value in TINY.items()])

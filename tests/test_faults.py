@@ -27,9 +27,10 @@ from data import growth, manifest, sources, storage
 from data.manifest import Snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import SourceConfig
+from flows.assignments import edited
 from flows.graph import prepare_nodes
 from flows.plan import Plan, make_plan
-from flows.recipes import edited, prepare, with_data
+from flows.recipes import prepare, with_data
 from flows.runs import spec_of
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -23,9 +23,10 @@ from command_lines import CHECKOUT, command, environment, result
 from ray_cluster import RayCluster, below, free_port, ray_cluster, title
 
 from data.manifest import load_snapshot
+from flows.assignments import edited
 from flows.graph import unclip_nodes
 from flows.plan import make_plan
-from flows.recipes import demo, edited
+from flows.recipes import demo
 from flows.runs import spec_of
 from stages.contract import InputRef, JobsConfig, StageSpec
 from training.systems.vae import VaeConfig

@@ -19,10 +19,11 @@ from data import storage
 from data.loader import ColumnSet
 from data.manifest import START, Snapshot
 from flows import runs
+from flows.assignments import edited
 from flows.comparing import baselines_of
 from flows.graph import unclip_nodes
 from flows.plan import Plan, PlannedStage, make_plan
-from flows.recipes import demo, edited
+from flows.recipes import demo
 from stages import embed, encode, evaluate, generate, publishing, shard, train, trainables
 from stages.catalogue import STAGES
 from stages.contract import Workspace, commit

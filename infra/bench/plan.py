@@ -20,9 +20,10 @@ from data import growth
 from data.config import result_fields
 from data.growth import WRITTEN
 from data.manifest import FileRecord, Ledger, Parent, ShardRecord, Snapshot, publish_snapshot
+from flows.assignments import edited
 from flows.graph import prepare_nodes
 from flows.plan import Plan, PlannedStage, make_plan
-from flows.recipes import edited, prepare, with_data
+from flows.recipes import prepare, with_data
 
 
 def main() -> int:

@@ -9,9 +9,10 @@ import pytest
 
 from data.config import result_fields
 from data.manifest import Parent, Snapshot, publish_snapshot
+from flows.assignments import edited
 from flows.graph import unclip_nodes
 from flows.plan import Plan, PlannedStage, make_plan
-from flows.recipes import demo, edited
+from flows.recipes import demo
 
 Planner = Callable[..., Plan]
 

@@ -7,8 +7,9 @@ import socket
 import pytest
 
 from data.errors import UserError
+from flows.assignments import edited
 from flows.graph import check_columns, prepare_nodes, unclip_nodes
-from flows.recipes import demo, edited, prepare, unclip, with_data
+from flows.recipes import demo, prepare, unclip, with_data
 from stages.contract import InputRef
 
 STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "generate", "evaluate", "report"]

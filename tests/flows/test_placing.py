@@ -19,9 +19,10 @@ from data.config import result_fields
 from data.errors import CorruptArtifact
 from data.growth import FAILED, WRITTEN
 from data.manifest import ShardRecord, Snapshot, load_snapshot, publish_snapshot
+from flows.assignments import edited
 from flows.graph import prepare_nodes
 from flows.plan import PlannedStage, make_plan
-from flows.recipes import edited, prepare, with_data
+from flows.recipes import prepare, with_data
 from stages.shard import again
 
 SETTINGS = {"shard.samples_per_shard": 4, "shard.image_size": 16, "fanout.num_workers": 1}

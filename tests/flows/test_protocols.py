@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from data.errors import UserError
+from flows.assignments import edited
 from flows.graph import unclip_nodes
 from flows.protocols import PROTOCOLS
-from flows.recipes import EvaluationConfig, demo, edited
+from flows.recipes import EvaluationConfig, demo
 
 GOLDEN = Path(__file__).parent / "protocols"
 

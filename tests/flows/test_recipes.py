@@ -9,7 +9,8 @@ import torch
 
 from data.errors import UnknownPath, UserError
 from data.sources import SourceConfig
-from flows.recipes import RECIPES, Recipe, edited, find, paths, prepare, with_data
+from flows.assignments import edited, paths
+from flows.recipes import RECIPES, Recipe, find, prepare, with_data
 from training.systems.denoiser import Denoiser
 from training.systems.prior import Prior
 
