@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -42,17 +43,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 Darkroom = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory) -> Iterator[str]:
+    """The API of a Prefect server for the commands of all tests: one that a command starts itself works for ten seconds first."""
+    from flows import serving
+
+    with socket.socket() as probe:
+        probe.bind((serving.HOST, 0))
+        port = probe.getsockname()[1]
+    with serving.server(tmp_path_factory.mktemp("prefect"), port) as (url, _):
+        yield url
+
+
 @pytest.fixture
-def darkroom() -> Darkroom:
+def darkroom(request: pytest.FixtureRequest) -> Darkroom:
     """Runs `darkroom` to its end: (*arguments, root=…, settings=…) -> the finished process, with its output."""
 
     def run(
         *arguments: str, root: Path, settings: dict[str, Any] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        line = command(*arguments, root=root, settings=settings)
-        return subprocess.run(
-            line, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=550
-        )
+        line, variables = command(*arguments, root=root, settings=settings), environment()
+        if arguments[0] in ("run", "prepare", "evaluate"):
+            variables |= {"PREFECT_API_URL": request.getfixturevalue("prefect_api")}
+        return subprocess.run(line, env=variables, cwd=CHECKOUT, capture_output=True, text=True, timeout=550)
 
     return run
 
