@@ -21,11 +21,10 @@ SERVER = "prefect.server.api.server:create_app"
 SERVER_SETTINGS = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 """What Prefect gives a server that lives as long as one run."""
 STARTING_SECONDS = 120.0
+"""How long the server may take to answer."""
 NOTES = "servers"
 DATABASE_BYTES = 8_000_000
 """What a first run's database and its journal take."""
-
-
 _OWN: list[subprocess.Popen] = []
 """The server that `start` started, until it is stopped."""
 
@@ -76,9 +75,8 @@ def start(home: Path) -> None:
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))  # held from here on, so that no other process takes it meanwhile
-        listening.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-        )  # uvicorn forgets it for a socket it is given
+        # uvicorn forgets it for a socket that it is given, and every answer would take 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         options = ("--fd", str(listening.fileno()), "--log-level", "error", "--lifespan", "on")
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
         try:
@@ -107,9 +105,8 @@ def wait() -> None:
 
 
 def _is_healthy(url: str) -> bool:
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy does not know our loopback
+    # A proxy of the environment does not know our loopback.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=5) as answer:
             return answer.status == http.HTTPStatus.OK

@@ -74,12 +74,11 @@ def _shut_down() -> None:
     _RESTING.clear()
     ray.shutdown()
     deadline = time.monotonic() + ENDING_SECONDS
-    while left := [pid for raylet in raylets for pid in _workers_of(raylet)]:
-        if time.monotonic() > deadline:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+    while any(map(_workers_of, raylets)) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for pid in (pid for raylet in raylets for pid in _workers_of(raylet)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _workers_of(raylet: int) -> list[int]:

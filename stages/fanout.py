@@ -273,9 +273,8 @@ def _room(config: FanoutConfig) -> int:
             f"fanout.num_workers={config.num_workers or 1} with fanout.num_gpus={config.num_gpus:g}: the cluster's "
             f"{cluster.num_gpus()} GPUs hold {room} such workers; use at most that many"
         )
-    return (
-        min(wanted, room) if _may_rest() else wanted
-    )  # those that may rest hold no CPU for which others would wait
+    # Those that may rest hold no CPU, so that none of too many would wait for one.
+    return min(wanted, room) if _may_rest() else wanted
 
 
 def _may_rest() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -46,12 +45,11 @@ Darkroom = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture(scope="session")
 def prefect_api(tmp_path_factory) -> Iterator[str]:
     """The API of a Prefect server for the commands of all tests: one that a command starts itself works for ten seconds first."""
+    from ray_cluster import free_port
+
     from flows import serving
 
-    with socket.socket() as probe:
-        probe.bind((serving.HOST, 0))
-        port = probe.getsockname()[1]
-    with serving.server(tmp_path_factory.mktemp("prefect"), port) as (url, _):
+    with serving.server(tmp_path_factory.mktemp("prefect"), free_port()) as (url, _):
         yield url
 
 

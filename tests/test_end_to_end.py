@@ -23,7 +23,7 @@ STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "gener
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, dict]:
-    """A tiny demo that nothing disturbed, by two workers each: (root, what `run --json` printed)."""
+    """A tiny demo that nothing disturbed, by two workers per fan-out: (root, what `run --json` printed)."""
     root = tmp_path_factory.mktemp("undisturbed")
     line = command("run", "demo", "--json", root=root, settings=TINY | {"fanout.num_workers": 2})
     finished = subprocess.run(

@@ -10,7 +10,7 @@ numbers, loss, backward, clipping, AdamW. Both go in turns, step by step; a figu
     tiny        a two-layer perceptron on 16 samples: microseconds of our step over the bare one
     encoding    the denoiser's step from stored columns against encoding pictures and captions in every step
     unclip      the same for one sample of the `unclip` recipe at its true sizes: forward and backward pass, no optimizer, which
-                a sample's share of a batch of hundreds would not show; takes 15 GB
+                a sample's share of a batch of hundreds would not show; takes 15 GB, and runs only when it is named
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=40, help="how often both go")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both")
-    parser.add_argument("--only", nargs="+", choices=list(RACES), default=list(RACES))
+    parser.add_argument("--only", nargs="+", choices=list(RACES), default=["denoiser", "tiny", "encoding"])
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -34,16 +34,19 @@ from prefect_server import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 TRAININGS = ("clip", "vae", "prior", "denoiser")
-SETTINGS = {
-    path: [int(n) for n in value.split(",")] if isinstance(value, str) else value
-    for path, value in untrained.SETTINGS.items()
-    if path != "source.count"
-} | {
-    f"{training}.{name}": value
-    for training in TRAININGS
-    for name, value in (("max_steps", 2), ("batch_size", 8), ("num_workers", 1))
-}
-SETTINGS["fanout.num_workers"] = 1
+SETTINGS = (
+    {
+        path: [int(n) for n in value.split(",")] if isinstance(value, str) else value
+        for path, value in untrained.SETTINGS.items()
+        if path != "source.count"
+    }
+    | {
+        f"{training}.{name}": value
+        for training in TRAININGS
+        for name, value in (("max_steps", 2), ("batch_size", 8), ("num_workers", 1))
+    }
+    | {"fanout.num_workers": 1}
+)
 STILL = {
     f"{part}.{k}": v for part in ("prior", "denoiser") for k, v in (("max_steps", 1), ("learning_rate", 1e-9))
 }

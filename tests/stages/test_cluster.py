@@ -70,7 +70,10 @@ def test_no_process_of_an_own_cluster_outlives_it_even_one_that_hangs(monkeypatc
         (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
         environment = os.environ | {"RAY_RAYLET_PID": str(raylet.process.pid)}
         hanging = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env=environment)
-    assert hanging.wait(1) == -signal.SIGKILL
+    try:
+        assert hanging.wait(5) == -signal.SIGKILL
+    finally:
+        hanging.kill()
 
 
 @pytest.fixture
