@@ -10,9 +10,10 @@ demo: .venv/.installed
 install: .venv/.installed
 
 # uv installs the set several times faster than pip does; where only pip's own settings know the package index, pip does it.
+# Compiled once here: a run starts dozens of processes, and where PYTHONDONTWRITEBYTECODE is set each would compile all it imports.
 define install_set
 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '$(1)' \
+$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '$(1)' \
 	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
 endef
 

@@ -26,7 +26,7 @@ TINY = {
     **{f"{stage}.max_steps": 8 for stage in ("clip", "vae", "prior", "denoiser")},
     **{f"{stage}.checkpoint_every": 2 for stage in ("clip", "vae", "prior", "denoiser")},
     **{f"{stage}.batch_size": 16 for stage in ("clip", "vae", "prior", "denoiser")},
-    **{f"{stage}.num_workers": 1 for stage in ("clip", "vae", "prior", "fanout")},
+    **{f"{stage}.num_workers": 1 for stage in ("clip", "vae", "prior", "denoiser", "fanout")},
 }
 """Everything that a demo does, at a size that takes seconds per stage."""
 

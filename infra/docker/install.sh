@@ -8,7 +8,7 @@ venv=$2
 
 # uv installs the set several times faster than pip; where only pip's own settings know the package index, pip does it.
 add() {
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" \
+    "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@" \
         || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
