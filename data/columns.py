@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from data.manifest import FileRecord, ShardRecord, recorded
 from data.schema import COLUMNS
 
 OFFSETS_DTYPE = "<i8"
+_HEADER = threading.Lock()
+"""Numpy parses a header as Python; in CPython 3.11, two threads that parse while garbage is collected end with a SystemError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +199,7 @@ def _load(url: str) -> np.ndarray:
                 str(storage.local_path(url))
             ) as file:  # unlike numpy's map it keeps no descriptor
                 return _array(file.read_buffer())
-        return np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+        return _array(pa.py_buffer(storage.read_bytes(url)))
     except (ValueError, EOFError) as error:
         raise CorruptArtifact(f"{url} is not a complete .npy file: {error}") from error
 
@@ -210,7 +213,8 @@ def _array(npy: pa.Buffer) -> np.ndarray:
     }.get(np.lib.format.read_magic(stream))
     if read_header is None:
         raise ValueError("an unknown version of the format")
-    shape, is_fortran, dtype = read_header(stream)
+    with _HEADER:
+        shape, is_fortran, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     values = np.frombuffer(npy, dtype, math.prod(shape), offset=stream.tell())

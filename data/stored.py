@@ -28,6 +28,8 @@ class Stored:
     receipts: int
     """Finished shards, committed or not."""
     bytes: int
+    step: int
+    """Of a training's newest checkpoint; 0 where it has none."""
     changed: float | None
     """Unix time of its last change; None for what was never committed in an object store."""
     builder: Owner | None
@@ -125,9 +127,15 @@ def _stored(name: Name, folder: str, is_linked: bool) -> Stored:
         folder=folder,
         snapshots=made,
         receipts=len(storage.list_files(storage.join(folder, "_meta", "receipts"))),
+        step=max((int(name[5:]) for name in _checkpoints(folder)), default=0),
         bytes=sum(int(stamp[0]) for stamp in stamps),
         changed=changed,
         builder=holder(folder),
         is_damaged=is_damaged,
         is_linked=is_linked,
     )
+
+
+def _checkpoints(folder: str) -> list[str]:
+    there = storage.list_folders(storage.join(folder, "checkpoints"))
+    return [name for name in there if name.startswith("step_") and name[5:].isdigit()]

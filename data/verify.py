@@ -147,6 +147,8 @@ class _Checking:
             if made is not None and snapshot is artifact.newest:
                 for shard in snapshot.shards:
                     yield from _join(artifact, snapshot, shard, role, made)
+                if role == "data" and joins.ROW_ALIGNED & set(snapshot.columns):
+                    yield from _left_out(snapshot, made)
 
     def _load(self, folder: str, fingerprint: str) -> Snapshot | None:
         if (folder, fingerprint) not in self.made:
@@ -204,6 +206,14 @@ def _join(
         yield artifact.problem(path, told, shard.index)
     elif role == "data" and theirs and joins.ROW_ALIGNED & set(snapshot.columns):
         yield from _misaligned(artifact, shard, theirs, path)
+
+
+def _left_out(snapshot: Snapshot, data: Snapshot) -> Iterator[Problem]:
+    there = {shard.index for shard in snapshot.shards}
+    for shard in data.shards:
+        if shard.samples and shard.index not in there:
+            told = f"has no shard {shard.index:05d}, which {data.folder} has with {shard.samples} samples"
+            yield Problem(uri=snapshot.folder, problem=told, folder=snapshot.folder)
 
 
 def _misaligned(artifact: Artifact, shard: ShardRecord, theirs: ShardRecord, path: str) -> Iterator[Problem]:

@@ -101,6 +101,24 @@ def plain_table(
     return table
 
 
+def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Where every attempted row of each stage went, with the reasons of those that were not written."""
+    cells = [
+        [
+            row["stage"],
+            f"{row['attempted']:,}",
+            f"{row['written']:,}",
+            *(_counts(row[n]) for n in ("filtered", "failed")),
+        ]
+        for row in rows
+    ]
+    return plain_table(["stage", "attempted", "written", "filtered", "failed"], cells, "left")
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "0"
+
+
 def comparison_table(compared: Mapping[str, Any]) -> Table:
     """Runs in columns, metrics in rows, and each later run's paired difference from the first."""
     first, *others = compared["runs"]
@@ -168,13 +186,22 @@ def _artifacts(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["stage"],
             row["key"],
             f"{row['state']}{' by ' + row['builder'] if row['builder'] else ''}",
-            f"{row['shards']:,}" if row["shards"] else "",
+            _progress(row),
             size(row["bytes"]),
             ", ".join(row["wanted_by"]) or "no run",
         ]
         for row in rows
     ]
-    return plain_table(["stage", "artifact", "state", "shards", "size", "wanted by"], cells, "left")
+    return plain_table(["stage", "artifact", "state", "made", "size", "wanted by"], cells, "left")
+
+
+def _progress(row: Mapping[str, Any]) -> str:
+    """`12 shards` or `step 800`, and how long ago the last change was where someone works on it."""
+    told = [f"{row['shards']:,} shards"] if row["shards"] else []
+    told += [f"step {row['step']:,}"] if row["step"] else []
+    if row["builder"] and row["changed"]:
+        told.append(f"changed {max(0.0, time.time() - row['changed']):.0f} s ago")
+    return ", ".join(told)
 
 
 def size(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,14 +17,24 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from data.errors import DarkroomError, UserError
+from data.urls import redacted, refuse_credentials
 from flows import artifacts, keeping, places, promoting, refreshing, runs
-from flows.parameters import CollectParameters, PrepareParameters, RefreshParameters, RunParameters
+from flows.parameters import (
+    CollectParameters,
+    PrepareParameters,
+    RefreshParameters,
+    RunParameters,
+    StoreParameters,
+)
 from flows.plan import Plan
 from stages import cluster
 
 EVALUATION = ("generate", "evaluate", "report")
 """Stages that judge what the stages before them made."""
 
+
+CANCELLING_SECONDS = 25.0
+"""How long a stage may take to keep what it has begun: Prefect's worker kills a cancelled run after 30 seconds."""
 
 TAG = "darkroom"
 """What the automation for lost processes looks for, also on the flow run within the flow run."""
@@ -43,7 +54,7 @@ class _FlowLog(logging.Handler):
         self._run_log = get_run_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._run_log.log(record.levelno, record.getMessage())
+        self._run_log.log(record.levelno, redacted(record.getMessage()))
 
 
 def _say_what_resumes(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
@@ -72,48 +83,50 @@ def reach(address: str) -> None:
 @_deployed
 def pipeline(run: RunParameters) -> State[Any]:
     """The whole recipe, to its report."""
-    return _ended(lambda: _carried_out(run.plan(), run.address))
+    return _ended(run, lambda: _carried_out(run.plan(), run.address))
 
 
 @_deployed
 def train(run: RunParameters) -> State[Any]:
     """The recipe until its denoiser is trained."""
-    return _ended(lambda: _carried_out(run.plan(), run.address, until="denoiser"))
+    return _ended(run, lambda: _carried_out(run.plan(), run.address, until="denoiser"))
 
 
 @_deployed
 def evaluate(run: RunParameters) -> State[Any]:
     """Pictures, scores and report of a system that is trained already."""
-    return _ended(lambda: _carried_out(_trained(run.plan()), run.address))
+    return _ended(run, lambda: _carried_out(_trained(run.plan()), run.address))
 
 
 @_deployed
 def prepare(run: PrepareParameters) -> State[Any]:
     """Preprocessing alone: new pairs go to new shards, with a column for each encoder given."""
-    return _ended(lambda: _carried_out(run.plan(), run.address))
+    return _ended(run, lambda: _carried_out(run.plan(), run.address))
 
 
 @_deployed
 def refresh(run: RefreshParameters) -> State[Any]:
     """New data to new shards, training that goes on from the production run's weights, and production for what is not worse."""
-    return _ended(lambda: _refreshed(run))
+    return _ended(run, lambda: _refreshed(run))
 
 
 @_deployed
 def gc(run: CollectParameters) -> State[Any]:
     """What no run wants any more goes."""
-    return _ended(lambda: _collected(run))
+    return _ended(run, lambda: _collected(run))
 
 
-def _ended(work: Callable[[], str]) -> State[Any]:
+def _ended(asked: StoreParameters, work: Callable[[], str]) -> State[Any]:
     """The state of a run that did `work`, which returns what came of it; an error that says what to do is its message."""
+    os.environ.setdefault("DARKROOM_STOPPING_SECONDS", f"{CANCELLING_SECONDS:g}")
     log = logging.getLogger("darkroom")
     log.handlers[:], log.propagate = [_FlowLog()], False
     log.setLevel(logging.INFO)
     try:
+        refuse_credentials("", asked.model_dump())
         return Completed(message=work())
     except (DarkroomError, FloatingPointError) as error:
-        return Failed(message=str(error))
+        return Failed(message=redacted(str(error)))
 
 
 def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:
@@ -151,9 +164,14 @@ def _refreshed(run: RefreshParameters) -> str:
 
 
 def _approved(plan: Plan, reason: str, hours: float) -> bool:
-    """A person's answer. The run ends and begins again when it is there, and finds every stage cached."""
+    """A person's answer to this very run. The flow ends and begins again when it is there, and finds every stage cached.
+
+    Where data has grown meanwhile, what it trains then is another run, and asked about anew.
+    """
     form = Approval.with_initial_data(description=f"Promote **{plan.run}** to production?\n\n{reason}")
-    return suspend_flow_run(wait_for_input=form, timeout=round(hours * 3600), key="promote").promote
+    return suspend_flow_run(
+        wait_for_input=form, timeout=round(hours * 3600), key=f"promote-{plan.run}"
+    ).promote
 
 
 def _collected(run: CollectParameters) -> str:

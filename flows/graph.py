@@ -105,6 +105,7 @@ def unclip_nodes(
 
 def prepare_nodes(recipe: Recipe, *, retry_failed: bool = False) -> list[Node]:
     """Shards alone, and a column for each encoder given by `clip.pretrained`, `t5.pretrained` and `vae.pretrained`."""
+    _refuse_buckets(recipe)
     nodes = [_shard(recipe, retry_failed)]
     if recipe.clip.pretrained:
         nodes.append(Node(STAGES["embed"], recipe.embed, {"data": "shard", "clip": _encoder(recipe, "clip")}))
@@ -148,6 +149,14 @@ def _training(recipe: Recipe, name: str, inputs: Mapping[str, str | InputRef]) -
     return Node(STAGES[name], config.model_copy(update={"seed": config.seed + recipe.seed}), inputs)
 
 
+def _refuse_buckets(recipe: Recipe) -> None:
+    if recipe.vae.pretrained and recipe.shard.resize == "bucket":
+        raise UserError(
+            "shard.resize=bucket: the latents of a shard need pictures of one size; set shard.resize to center_crop or border, "
+            "or leave vae.pretrained out"
+        )
+
+
 def _refuse_misfits(recipe: Recipe) -> None:
     """Raises UserError for what a late stage would refuse after hours of work, and for what no stage would read."""
     if recipe.t5.pretrained:
@@ -163,6 +172,7 @@ def _refuse_misfits(recipe: Recipe) -> None:
             f"shard.image_size={shard.image_size} with shard.resize={shard.resize}: a VAE of {factor}-fold reduction needs "
             f"squares whose side is a multiple of {factor}; set shard.image_size or vae.block_out_channels"
         )
+    _refuse_buckets(recipe)
     if not clip.pretrained and clip.text_width != clip.embed_dim:
         raise UserError(
             f"clip.text_width={clip.text_width} and clip.embed_dim={clip.embed_dim}: the prior needs them equal; set both"

@@ -257,6 +257,7 @@ def _row(artifact: Stored, wanted_by: list[str]) -> dict[str, Any]:
         "state": "being built" if artifact.builder else "damaged" if artifact.is_damaged else state,
         "shards": max(artifact.receipts, len(newest.shards) if newest else 0),
         "samples": newest.samples if newest else 0,
+        "step": artifact.step,
         "bytes": artifact.bytes,
         "changed": artifact.changed,
         "builder": f"process {artifact.builder.pid} on {artifact.builder.host}" if artifact.builder else None,

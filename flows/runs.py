@@ -15,6 +15,7 @@ from typing import Any
 from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from data.lease import Owner, lease, this_process
+from data.manifest import load_snapshot
 from flows import console, embedded_prefect, weights
 from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
@@ -65,6 +66,16 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     storage.write_bytes(storage.join(plan.root, "latest"), plan.run.encode())
     storage.remove(storage.join(plan.root, plan.run, STARTED))
     return record
+
+
+def ledgers(plan: Plan) -> list[dict[str, Any]]:
+    """Of every stage that is made and counts rows: its name, attempted and written rows, and those filtered and failed by reason."""
+    made = (load_snapshot(stage.folder, stage.fingerprint) for stage in plan.stages)
+    return [
+        {"stage": snapshot.stage, "attempted": snapshot.ledger.attempted, **snapshot.ledger.model_dump()}
+        for snapshot in made
+        if snapshot and snapshot.ledger.attempted
+    ]
 
 
 def _refused(plan: Plan, wanted: Sequence[PlannedStage], error: GateFailed, seconds: float) -> GateFailed:

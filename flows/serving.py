@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -117,19 +118,17 @@ def _cancel_runs(pool: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Asks twice, then kills the whole session.
+    """Asks, again and again where it runs nothing, and after `patience` kills the whole session.
 
-    A worker that has lost its server, or has run something before, may not hear the first request; where it runs nothing,
-    there is nothing to be patient for.
+    A worker that has lost its server, or has run something before, may not hear the first request.
     """
-    for seconds in (patience if _has_children(process.pid) else min(patience, IDLE_END_SECONDS), 10.0):
-        if process.poll() is None:
+    deadline, asked = time.monotonic() + patience, -math.inf
+    while process.poll() is None and (now := time.monotonic()) < deadline:
+        if asked < 0 or (now - asked > IDLE_END_SECONDS and not _has_children(process.pid)):
             process.terminate()
-        try:
-            process.wait(seconds)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+            asked = now
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what it left behind, such as a run that heard nothing
     process.wait()

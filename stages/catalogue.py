@@ -8,7 +8,7 @@ from data.errors import UserError
 from data.lease import lease
 from data.manifest import Snapshot
 from stages import cluster, embed, encode, evaluate, generate, logs, report, shard, text, train
-from stages.contract import Progress, Stage, StageSpec, Workspace, silent
+from stages.contract import FanoutConfig, Progress, Stage, StageSpec, Workspace, silent
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -34,11 +34,9 @@ def check_spec(spec: StageSpec) -> None:
             f"the plan is for version {spec.version} of stage {spec.stage}, and the Darkroom that runs it has {here}: run "
             "the same Darkroom on both sides (another image, or jobs.working_dir)"
         )
-    if spec.fanout.num_gpus > gpus:
+    if (asked := spec.fanout.num_gpus or 0.0) > gpus:
         advice = f"use at most {gpus}" if gpus else "set it to 0 to work on CPUs"
-        raise UserError(
-            f"fanout.num_gpus={spec.fanout.num_gpus:g}, but the cluster has {gpus} GPUs: {advice}"
-        )
+        raise UserError(f"fanout.num_gpus={asked:g}, but the cluster has {gpus} GPUs: {advice}")
     try:
         config = stage.config.model_validate(spec.config)
     except ValidationError as error:
@@ -68,5 +66,12 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
         if snapshot := spec.made():
             return snapshot
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
-        workspace = Workspace(spec.folder, spec.fingerprint, spec.fanout, progress)
+        workspace = Workspace(spec.folder, spec.fingerprint, _with_gpus(spec.fanout), progress)
         return stage.run(config, inputs, workspace)
+
+
+def _with_gpus(fanout: FanoutConfig) -> FanoutConfig:
+    """`fanout` with its actors' GPUs settled: the networks of a cluster that has GPUs run on them unless told otherwise."""
+    if fanout.num_gpus is not None:
+        return fanout
+    return fanout.model_copy(update={"num_gpus": 1.0 if cluster.num_gpus() else 0.0})

@@ -20,15 +20,21 @@ _HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     _HIDES_GPUS: "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_worker_niceness": "0",
 }
-"""Ray's workers would run at niceness 15: beside anything else that wants a CPU, training all but stops."""
-_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Of a cluster of this machine alone: nobody gives it notice, and each process of Ray's takes seconds to import."""
+"""An autoscaler may take minutes to start nodes. Ray's workers would run at niceness 15: beside anything else that wants a
+CPU, training all but stops."""
+_ALONE = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Of a cluster of this machine alone: nobody gives it notice, and Ray, told that it is on no cluster of machines, listens on
+loopback only."""
 
 ANSWER_SECONDS = 20.0
 """How long a head may take to answer its first question."""
@@ -146,17 +152,29 @@ def resting() -> list[Any]:
 
 
 def num_cpus() -> int:
-    """CPUs of the connected cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))
+    """CPUs that the connected cluster has, or may start."""
+    return max(1, _most("CPU"))
 
 
 def num_gpus() -> int:
-    """GPUs of the connected cluster."""
+    """GPUs that the connected cluster has, or may start."""
+    return _most("GPU")
+
+
+def _most(resource: str) -> int:
+    """What there is of `resource` now, or what the autoscaler may bring it to, where there is one."""
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    may_be = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return int(max(ray.cluster_resources().get(resource, 0), may_be.get(resource, 0)))
+
+
+def cpus_beside_a_gpu() -> int:
+    """CPUs that every GPU of the nodes that are there may have for itself; 1 where none is there yet."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    return max(1, min((int(node.get("CPU", 1) // node["GPU"]) for node in nodes), default=1))
 
 
 def _attach(address: str, options: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,12 @@ STOP_SECONDS = 60
 STOPPING_SECONDS = 45.0
 """How long a stage that is told to stop may take to keep what it has begun: what leaves time to end."""
 
+
+def stopping_seconds() -> float:
+    """STOPPING_SECONDS, or what DARKROOM_STOPPING_SECONDS says where whoever stops a run waits for another time."""
+    return float(os.environ.get("DARKROOM_STOPPING_SECONDS", STOPPING_SECONDS))
+
+
 Inputs = Mapping[str, Snapshot]
 """role -> snapshot, as the plan wired them: {"data": …, "clip": …}."""
 
@@ -29,7 +36,11 @@ class FanoutConfig(Config):
     num_workers: int | None = operational(
         None, ge=1, description="actors per stage; None: one per CPU of the cluster"
     )
-    num_gpus: float = operational(0.0, ge=0, description="GPUs per actor of the stages that run networks")
+    num_gpus: float | None = operational(
+        None,
+        ge=0,
+        description="GPUs per actor of the stages that run networks; None: one where the cluster has any",
+    )
     max_attempts: int = operational(
         3, ge=1, description="times that a shard may kill its worker before it is quarantined"
     )
@@ -133,7 +144,7 @@ class Stage:
     """A step of a pipeline. `run` may be killed at any time and run again; it commits its snapshot last.
 
     Told to stop by an exception that is no `Exception` (KeyboardInterrupt, and what others make of SIGTERM), it keeps what it
-    has begun, within `STOPPING_SECONDS`, and lets the exception pass.
+    has begun, within `stopping_seconds()`, and lets the exception pass.
     """
 
     name: str

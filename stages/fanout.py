@@ -21,7 +21,7 @@ from data import manifest
 from data.errors import NO_PLACE_TO_WRITE, StageFailed, UserError
 from data.manifest import ShardRecord
 from stages import cluster, logs, spending, telemetry
-from stages.contract import STOPPING_SECONDS, FanoutConfig, Inputs, Workspace
+from stages.contract import FanoutConfig, Inputs, Workspace, stopping_seconds
 
 log = logging.getLogger("darkroom.shards")
 
@@ -179,7 +179,7 @@ class _Pool:
 
     def finish_begun(self) -> None:
         """Lets the shards that were begun be finished, for as long as a stop may take; no other begins."""
-        give_up = time.monotonic() + STOPPING_SECONDS
+        give_up = time.monotonic() + stopping_seconds()
         with contextlib.suppress(Exception):  # why one of them fails will be told when it is attempted again
             while (self.running or self.computed or self.writing) and time.monotonic() < give_up:
                 self.waiting.clear()

@@ -15,7 +15,7 @@ from data.manifest import START, Snapshot, load_snapshot
 from stages import cluster, logs, model_card, publishing, spending
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
-from stages.contract import STOPPING_SECONDS, Inputs, Stage, Workspace, commit
+from stages.contract import Inputs, Stage, Workspace, commit, stopping_seconds
 from stages.trainables import CONFIGS
 from training import checkpoint_facts, sinks
 from training.checkpoint_places import place_of
@@ -198,6 +198,8 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
 
 
 def _cpus_of_a_worker(config: TrainConfig) -> int:
+    if cluster.num_gpus():
+        return min(16, cluster.cpus_beside_a_gpu())
     return max(1, min(16, cluster.num_cpus() // (config.num_workers or 1)))
 
 
@@ -214,8 +216,8 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
     except BaseException:  # told to stop: Ctrl-C, SIGTERM, a cancelled flow
         log.warning("saving a checkpoint before the training stops")
         board.stop.remote()
-        if not ended.wait(STOPPING_SECONDS) or failure:
-            why = _root_cause(failure[0]) if failure else f"it took more than {STOPPING_SECONDS:g} s"
+        if not ended.wait(seconds := stopping_seconds()) or failure:
+            why = _root_cause(failure[0]) if failure else f"it took more than {seconds:g} s"
             log.warning("it stopped without one (%s): the last checkpoint before it counts", why)
         raise
     if failure:

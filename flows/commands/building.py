@@ -92,16 +92,18 @@ def _carry_out(plan: Plan, names: list[str], arguments: argparse.Namespace) -> i
     places.make_folder(plan.root)
     with console.quiet_stdout():
         record = runs.carry_out(plan, names=names, address=arguments.address, verbose=arguments.verbose)
+    counted = {"ledger": runs.ledgers(plan)} if arguments.command == "prepare" else {}
     if arguments.json:
         metrics = {name: score["value"] for name, score in record["metrics"].items()}
-        console.emit({**record, "metrics": metrics})
+        console.emit({**record, "metrics": metrics, **counted})
         return 0
     if record["metrics"]:
         console.out.print(console.scores_table(list(record["metrics"].values())))
     if all(stage["status"] == "cached" for stage in record["stages"]):
         console.out.print("nothing to do: every stage is cached")
-    for stage in record["stages"]:
-        if arguments.command == "prepare":
+    if counted:
+        console.out.print(console.ledger_table(counted["ledger"]))
+        for stage in record["stages"]:
             console.out.print(f"{stage['name']:<7} {stage['uri']}", soft_wrap=True, markup=False)
     if record["report"]:
         console.out.print(record["report"], soft_wrap=True, markup=False)

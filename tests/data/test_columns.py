@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +37,34 @@ def test_an_array_is_mapped_as_it_was_written(tmp_path: Path) -> None:
     assert not opened.flags.writeable and not opened.flags.owndata
     assert opened.dtype == np.dtype("<f2") and opened.flags.c_contiguous
     np.testing.assert_array_equal(opened, values)
+
+
+class _Ending:
+    """Garbage that runs Python code as it goes."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        sum(range(50))
+
+
+def test_threads_that_open_arrays_at_once_do_not_upset_each_others_parser(tmp_path: Path) -> None:
+    columns.write_array(str(tmp_path), "img_emb", 0, np.ones((2, 3)))
+    npy = pa.py_buffer((tmp_path / columns.array_path("img_emb", 0)).read_bytes())
+
+    def opened(_: int) -> set[tuple[int, ...]]:
+        return {columns._array(npy).shape for _ in range(100) if _Ending()}
+
+    before = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5, 2, 2)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(opened, range(40))) == [{(2, 3)}] * 40
+    finally:
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])
 
 
 def test_an_array_can_be_read_from_an_object_store() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,9 +320,18 @@ def wrong_boundaries(path: Path) -> None:
     np.save(path, np.load(path, allow_pickle=False) + 1)
 
 
+def halve_last_sample(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for member, payload in members[:-1]:
+            tar.addfile(member, io.BytesIO(payload))
+
+
 @pytest.mark.parametrize(
     ("path", "change", "problem"),
     [
+        ("shard/one/00001.tar", halve_last_sample, "has no txt"),
         ("embed/two/img_emb/img_emb_00000.npy", drop_row, "has 3 rows for 4 samples"),
         ("embed/two/metadata/metadata_00000.parquet", reverse_table, "keys or order are not the 4"),
         ("shard/one/00000.parquet", reverse_table, "in another order"),
@@ -368,6 +379,12 @@ def test_a_column_that_is_not_row_aligned_is_told(store: Path) -> None:
     manifest.publish_snapshot(made.folder, made.model_copy(update={"shards": (reordered, made.shards[1])}))
     found = told(verify(str(store)), store)
     assert "not row-aligned with shard 00000" in found["embed/two/img_emb/img_emb_00000.npy"]
+
+
+def test_a_column_without_one_of_the_shards_is_told(store: Path) -> None:
+    made = manifest.snapshots(str(store / "embed" / "two"))[0]
+    manifest.publish_snapshot(made.folder, made.model_copy(update={"shards": made.shards[:1]}))
+    assert "has no shard 00001, which" in told(verify(str(store)), store)["embed/two"]
 
 
 def test_a_damaged_parent_is_told_and_does_not_stop_the_search(store: Path) -> None:

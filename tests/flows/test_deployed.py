@@ -96,6 +96,13 @@ def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):
     assert state.name == "Failed" and "/nowhere/at/all" in state.message and "Traceback" not in state.message
 
 
+def test_a_place_with_credentials_is_refused_and_they_are_not_told():
+    run = start("prepare/darkroom", {"data": "/nowhere", "root": "s3://key:planted@bucket/runs"})
+    state = ended(run)
+    assert state.name == "Failed" and "root names s3://***@bucket/runs" in state.message
+    assert "planted" not in state.message + "\n".join(log(run))
+
+
 def test_a_cluster_that_answers_later_is_waited_for_and_none_is_one_sentence():
     port = free_port()
     reach = deployed.reach.with_options(retry_delay_seconds=2, retries=2)

@@ -108,6 +108,15 @@ def test_preparing_makes_a_column_for_each_encoder_given(clip_folder, tmp_path):
     assert prepared("vae.pretrained=some/vae", "t5.pretrained=some/t5") == ["shard", "text", "encode"]
 
 
+def test_latents_of_pictures_in_buckets_are_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+    bucketed = ["vae.pretrained=some/vae", "shard.resize=bucket"]
+    with pytest.raises(UserError, match="resize=bucket: the latents of a shard need pictures of one size"):
+        prepare_nodes(with_data(edited(prepare(), bucketed), str(tmp_path)))
+    with pytest.raises(UserError, match="resize=bucket"):
+        unclip_nodes(edited(demo(), bucketed))
+
+
 def test_a_t5_that_no_part_of_a_recipe_reads_is_refused():
     with pytest.raises(
         UserError, match=r"t5.pretrained=some/t5: no part of demo reads T5's states; .*darkroom prepare"

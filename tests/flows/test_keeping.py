@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.lease import Owner, lease, this_process
 from data.stored import stored
 from data.verify import verify
-from flows import cli, keeping, runs
+from flows import cli, console, keeping, runs
 from training.metrics.tradeoff import Point, Sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -156,6 +156,18 @@ def test_nothing_is_removed_while_something_is_made(root):
     with pytest.raises(UserError, match="run demo-running is running: nothing was removed"):
         collected(root)
     assert lost.exists()
+
+
+def test_status_tells_how_far_a_training_is_and_when_it_last_changed(root, capsys, monkeypatch):
+    (made,) = (root / "store/denoiser").iterdir()
+    (made / "checkpoints" / "step_00000400").mkdir(parents=True)
+    (made / "checkpoints" / "step_00001200").mkdir()
+    monkeypatch.setattr(console.out, "width", 160)
+    with lease(str(made)):
+        (row,) = [a for a in keeping.status(str(root))["artifacts"] if a["stage"] == "denoiser"]
+        assert (row["state"], row["step"]) == ("being built", 1200)
+        cli.main(["status", f"--root={root}"])
+    assert "step 1,200, changed 0 s ago" in capsys.readouterr().out
 
 
 def test_a_run_notes_its_start_and_takes_the_note_back(root, monkeypatch):

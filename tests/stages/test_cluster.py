@@ -6,14 +6,21 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
 from data.errors import UserError
 from stages import cluster
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from command_lines import CHECKOUT
+from ray_cluster import below
 
 BUSY = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -74,6 +81,74 @@ def test_no_process_of_an_own_cluster_outlives_it_even_one_that_hangs(monkeypatc
         assert hanging.wait(5) == -signal.SIGKILL
     finally:
         hanging.kill()
+
+
+LISTENING = """
+from stages import cluster
+
+with cluster.cluster("local"):
+    import ray
+
+    working = ray.remote(lambda: 1).remote()
+    assert ray.get(working) == 1
+    print(ray._private.worker._global_node.all_processes["raylet"][0].process.pid, flush=True)
+    input()
+"""
+
+
+@pytest.mark.slow
+def test_an_own_cluster_is_reached_from_this_machine_alone():
+    """Of all that it started, and of the process that started it: nothing asks for a token there."""
+    line = [sys.executable, "-c", LISTENING]
+    with subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT
+    ) as own:
+        raylet = int(own.stdout.readline())
+        pids = {own.pid, raylet, *below(own.pid), *cluster._workers_of(raylet)}
+        found = [address for pid in pids for address in listening(pid)]
+        own.communicate("\n")
+    assert own.returncode == 0
+    assert len(found) > 5 and all(address.is_loopback for address in found), found
+
+
+def listening(pid: int) -> list[IPv4Address | IPv6Address]:
+    """The addresses at which a process listens by TCP."""
+    mine = {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").glob("*") if path.is_symlink()}
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+    ]
+    places = [
+        fields[1].rpartition(":")[0]
+        for fields in lines
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine
+    ]
+    return [_address(bytes.fromhex(place)) for place in places]
+
+
+def _address(words: bytes) -> IPv4Address | IPv6Address:
+    """From the kernel's words, each in this machine's order."""
+    octets = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+    address = ip_address(octets)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@pytest.mark.slow
+def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        with cluster.cluster(nodes.address):
+            assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (1, 0, 1)
+            group = NodeGroupConfig(resources={"CPU": 8, "GPU": 2}, max_count=4)
+            told = ClusterConfig(node_group_configs=[group], max_resources={"CPU": 100, "GPU": 6})
+            ray._private.worker.global_worker.gcs_client.report_cluster_config(told.SerializeToString())
+            assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (32, 6, 1)
+            nodes.add_node(num_cpus=6, num_gpus=2)
+            assert (cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (6, 3)
+    finally:
+        nodes.shutdown()
 
 
 @pytest.fixture
