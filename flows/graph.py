@@ -187,7 +187,7 @@ def _refuse_misfits(recipe: Recipe) -> None:
             raise UserError(
                 "evaluate.reference holds Inception's statistics of real images: give evaluate.inception too"
             )
-        reference_statistics(recipe.evaluate.reference)
+        reference_statistics(recipe.evaluate.reference, weights)
     if not recipe.evaluate.protocol:
         return
     name, protocol = recipe.evaluate.protocol, PROTOCOLS[recipe.evaluate.protocol]

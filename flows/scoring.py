@@ -54,6 +54,10 @@ def score(
     warnings: list[str] = []
     with tempfile.TemporaryDirectory(prefix="darkroom-score-") as scratch:
         reference = _reference(real, extractors, Path(scratch), report)
+        if save_real and extractors[0].name not in reference.features:
+            raise UserError(
+                f"--save-real: {real} has a mean and a covariance alone, which are saved already: give the folder of pictures"
+            )
         names = _possible(names, reference, real, bool(wanted), warnings)
         (Path(scratch) / "fake").mkdir()
         seen = extract(files, extractors, Path(scratch) / "fake", lambda *n: report("fake", *n))
@@ -132,7 +136,7 @@ def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report
         if found.images is not None:
             seen = extract_arrays(found.images, extractors, scratch / "real", lambda *n: report("real", *n))
             return replace(side, n=len(found.images), features=seen.features)
-        references.require_match(found, extractor)
+        references.require_match(found, name=extractor.name, digest=extractor.digest, resize=extractor.resize)
         if found.features is not None:
             side.features[extractor.name] = found.features
         if found.gaussian is not None:

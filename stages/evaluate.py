@@ -33,7 +33,7 @@ from training.metrics.catalogue import METRICS, Metric, Sample, few
 from training.metrics.frechet import Gaussian
 from training.metrics.intervals import Deletions, Estimate
 from training.metrics.prompt_accuracy import prompt_accuracy
-from training.metrics.references import read_reference
+from training.metrics.references import read_reference, require_match
 from training.systems.embeddings import spread_indices
 
 log = logging.getLogger("darkroom.evaluate")
@@ -147,12 +147,16 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
 
 
-def reference_statistics(path: str) -> Gaussian:
+def reference_statistics(path: str, weights: str | None = None) -> Gaussian:
     """Statistics of real images' Inception features from a file that `training.metrics.references` reads.
 
-    Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width.
+    Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width; where
+    it tells by what, also by another resize rule, or by other weights than those in the file `weights`.
     """
-    gaussian = read_reference(path, "inception").gaussian
+    found = read_reference(path, "inception")
+    digest = extractors.digest_of("inception", weights) if weights and found.digest else ""
+    require_match(found, name="inception", digest=digest, resize=extractors.RESIZE["inception"])
+    gaussian = found.gaussian
     if gaussian is None:
         raise UserError(f"evaluate.reference={path} holds pictures: give statistics of Inception features")
     if len(gaussian.mean) != inception.WIDTH:
@@ -201,10 +205,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Every metric, from stored features: what `scores.json` holds."""
     prompts = read_prompts(inputs["generate"].folder)
-    images = _stored(inputs["generate"].folder, "generated", inputs["generate"].shards)
     truths = [prompt.truth for prompt in prompts]
+    images = _judged(inputs["generate"], truths)
     correct = _correct(images, prompts)
-    found: list[tuple[scores.Score, Deletions | None]] = [
+    found: list[scores.Scored] = [
         (score, _accuracy_deletions(score.name, correct, prompts))
         for score in scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts])
     ]
@@ -216,17 +220,24 @@ def _measure(
         mine = [metric for metric in config.chosen if METRICS[metric].extractor == name]
         found += [scores.distribution_score(metric, sample) for metric in mine]
     cosines, of_parts = _parts(config, inputs, folder, measured[PARTS])
-    found += [(score, None) for score in of_parts]
+    found += of_parts
     return {
         "scores": [
             _row(score, deletions, inputs, looked, against).model_dump(mode="json")
             for score, deletions in found
         ],
-        "prior": [score.model_dump() for score in cosines],
+        "prior": [score.model_dump() for score, _ in cosines],
         "attributes": _attributes(images, prompts),
         "correct": correct,
         "warnings": warnings,
     }
+
+
+def _judged(generated: Snapshot, truths: Sequence[object]) -> np.ndarray:
+    """The generated pictures (N, H, W, 3) uint8 where any prompt has a truth, which demos have; else none: they may be many."""
+    if all(truth is None for truth in truths):
+        return np.empty((0, 0, 0, 3), np.uint8)
+    return _stored(generated.folder, "generated", generated.shards)
 
 
 def _row(
@@ -260,7 +271,7 @@ def _sample(
     if any(METRICS[n].needs == "nothing" and METRICS[n].extractor == name for n in config.chosen):
         head = extractors.load(name, path, is_custom=custom).head
     if name not in _looking_at_real(config):
-        reference = reference_statistics(config.reference) if config.reference else None
+        reference = reference_statistics(config.reference, config.inception) if config.reference else None
         if config.reference and reference:
             against = {"reference": checksum_of(config.reference).sha256, "reference_n": reference.n or 0}
         return Sample(fake, reference, head=head, accumulate=accumulate_on_cluster), looked, against
@@ -275,7 +286,7 @@ def _against_real(fake: np.ndarray, real: np.ndarray, **more: Any) -> Sample:
 
 def _parts(
     config: EvaluateConfig, inputs: Inputs, folder: str, records: Sequence[ShardRecord]
-) -> tuple[list[scores.Score], list[scores.Score]]:
+) -> tuple[list[scores.Scored], list[scores.Scored]]:
     """The prior's diagnostics, and the scores of the VAE and the prior."""
     rows = spread_indices(_count(inputs), config.reconstruction_images)
     data = ColumnSet([inputs["data"], inputs["embed"]])
@@ -336,7 +347,7 @@ def _stored(folder: str, name: str, records: Sequence[ShardRecord]) -> np.ndarra
 
 STAGE = Stage(
     name="evaluate",
-    version=4,
+    version=5,
     reads=lambda _: frozenset({"image", "caption", "img_emb", "text_emb", "generated"}),
     writes=lambda _: frozenset(),
     config=EvaluateConfig,

@@ -72,8 +72,8 @@ class Measuring:
         start = sum(shard.samples for shard in shards if shard.index < payload["block"])
         texts = [p.text for p in self.prompts[start : start + len(images)]]
         arrays = {
-            "img_emb": _numpy(self.clip.image(_pixels(images))),
-            "text_emb": _numpy(self.clip.text(texts)[0]),
+            "img_emb": _numpy(extractors.clip_images(self.clip, extractors.pictures(list(images)))),
+            "text_emb": extractors.clip_texts(self.clip, texts),
             **self._features(images),
         }
         return [f"{start + i:09d}" for i in range(len(images))], arrays

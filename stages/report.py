@@ -129,6 +129,7 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         dataset=_dataset(inputs["data"], data),
         ledger=tuple(_ledger(role, s) for role, s in inputs.items() if s.shards and s.ledger.attempted),
         scores=tuple(_score(row) for row in measured["scores"]),
+        warnings=tuple(measured["warnings"]),
         gates=verdicts,
         sweeps=config.sweeps,
         accuracy=_accuracy(measured),

@@ -202,6 +202,8 @@ class ReportData:
     dataset: Dataset | None = None
     ledger: tuple[LedgerEntry, ...] = ()
     scores: tuple[Score, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Sentences on how far the scores can be believed."""
     gates: tuple[Verdict, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
     accuracy: tuple[AttributeAccuracy, ...] = ()

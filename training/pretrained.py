@@ -129,6 +129,12 @@ def frozen(model: nn.Module, device: str | torch.device) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
+def without_tf32() -> Any:
+    """A block in which cuDNN convolves in full precision: by default it keeps ten bits of each weight, too few for features
+    that are compared."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def require_uint8(pixels: Tensor) -> None:
     """Raises ValueError unless `pixels` are uint8 (B, 3, H, W)."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import storage
 from data.errors import UserError
 from flows.assignments import edited
 from flows.graph import unclip_nodes
@@ -106,6 +107,14 @@ def test_reference_statistics_of_another_extractor_are_refused(tmp_path):
         unclip_nodes(edited(demo(), asked))
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
     assert unclip_nodes(edited(demo(), asked))
+    told = {"extractor": "inception", "resize": "tf1", "digest": storage.sha256(str(weights))[1]}
+    beside = reference.with_suffix(".json")
+    beside.write_text(json.dumps(told))
+    assert unclip_nodes(edited(demo(), asked))
+    for name, theirs in (("extractor", "inception_clean"), ("resize", "clean"), ("digest", "0" * 64)):
+        beside.write_text(json.dumps(told | {name: theirs}))
+        with pytest.raises(UserError, match=f"holds statistics of {name} {theirs[:60]}"):
+            unclip_nodes(edited(demo(), asked))
 
 
 @pytest.mark.parametrize(

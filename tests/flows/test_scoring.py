@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from flows import cli
+from training.metrics import extractors
 
 CLIP = {
     "embed_dim": 8,
@@ -143,6 +144,37 @@ def test_a_mean_and_a_covariance_are_enough_for_a_frechet_distance(
         found.keys() == {"warnings", "fd_clip"} and "no features of single pictures" in found["warnings"][0]
     )
     assert "give the folder of pictures" in complaint(*line, "--metrics=cmmd")
+    saving = complaint(*line, "--save-real", tmp_path / "again.npz")
+    assert f"{tmp_path}/stats.npz has a mean and a covariance alone, which are saved already" in saving
+    assert not (tmp_path / "again.npz").exists()
+
+
+def test_features_of_a_clip_do_not_depend_on_what_stands_beside_a_picture_or_caption(clip):
+    extractor = extractors.load("clip", str(clip))
+    rng = np.random.default_rng(0)
+    pictures = [torch.from_numpy(rng.integers(0, 256, (3, 20, 24 + i), dtype=np.uint8)) for i in range(19)]
+    captions = [f"picture {i}" * (i + 1) for i in range(19)]
+    together, read = extractor.features(pictures), extractor.text(captions)
+    assert together.shape == read.shape == (19, 8)
+    for start, end in ((0, 16), (3, 19), (18, 19), (7, 9)):
+        assert torch.equal(extractor.features(pictures[start:end]), together[start:end])
+        np.testing.assert_array_equal(extractor.text(captions[start:end]), read[start:end])
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_gives_its_metrics_and_those_of_the_clean_resize(
+    folders, inception_weights, scores, complaint
+):
+    given = ("--real", folders[0], "--fake", folders[1], "--extractor")
+    names = ("fid", "fid_clean", "kid", "inception_score")
+    found = scores(*given, f"inception:custom={inception_weights}", f"--metrics={','.join(names)}")
+    assert found.keys() == {"warnings", *names}
+    assert all(np.isfinite(found[name]["value"]) for name in names)
+    assert {found[name]["protocol"]["resize"] for name in ("fid", "kid")} == {"tf1"}
+    assert found["fid_clean"]["protocol"]["resize"] == "clean"
+    assert found["fid"]["value"] != found["fid_clean"]["value"]
+    assert "36 images for the 2048 dimensions of inception" in " ".join(found["warnings"])
+    assert "inception:custom=PATH" in complaint(*given, f"inception={inception_weights}")
 
 
 def test_dinov2_is_read_from_a_folder(folders, scores, tmp_path):

@@ -380,6 +380,15 @@ def test_empty_sections_are_left_out() -> None:
     assert "91.4 % of 512 prompts" in page.text
 
 
+def test_how_far_scores_can_be_believed_stands_above_them() -> None:
+    score = Score(
+        name="fd_clip", label="FD", value=1.0, low=0.5, high=1.5, n=16, better="lower", meaning="a distance"
+    )
+    page = render(small_report(scores=(score,), warnings=("16 images for the 64 dimensions of clip: <few>",)))
+    at = page.index("16 images for the 64 dimensions of clip: &lt;few&gt;")
+    assert page.index('<section id="scores"') < at < page.index("Table of scores")
+
+
 def test_images_without_a_known_truth_have_no_verdict_and_no_accuracy_table() -> None:
     png, _ = scene(0)
     text = Page(render(small_report(generated=(Generated(png=png, prompt="otter"),)))).text

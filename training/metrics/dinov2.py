@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UserError
-from training.pretrained import config_of, frozen, require_safetensors, require_uint8
+from training.pretrained import config_of, frozen, require_safetensors, require_uint8, without_tf32
 
 SIDE = 224
 MICRO_BATCH = 16
@@ -48,11 +48,12 @@ def features(model: Any, images: Sequence[Tensor]) -> Tensor:
     """
     device = next(model.parameters()).device
     rows = []
-    for start in range(0, len(images), MICRO_BATCH):
-        chunk = images[start : start + MICRO_BATCH]
-        pixels = torch.cat([resize_dinov2(image[None].to(device)) for image in chunk])
-        padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, MICRO_BATCH - len(chunk)))
-        rows.append(model(pixel_values=padded).pooler_output[: len(chunk)])
+    with without_tf32():
+        for start in range(0, len(images), MICRO_BATCH):
+            chunk = images[start : start + MICRO_BATCH]
+            pixels = torch.cat([resize_dinov2(image[None].to(device)) for image in chunk])
+            padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, MICRO_BATCH - len(chunk)))
+            rows.append(model(pixel_values=padded).pooler_output[: len(chunk)])
     return torch.cat(rows)
 
 

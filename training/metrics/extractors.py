@@ -9,10 +9,10 @@ dinov2             DINOv2's class token             dinov2=FOLDER
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from data.errors import UserError
 from training.clip_encoder import ClipEncoder
 from training.distributed import device
 from training.metrics import dinov2, inception
-from training.pretrained import local_folder, weights_digest
+from training.pretrained import local_folder, weights_digest, without_tf32
 
 MICRO_BATCH = 16
+T = TypeVar("T")
 WEIGHTS = {
     "inception": f"the file {inception.WEIGHTS_FILE} from the releases of pytorch-fid",
     "clip": "a CLIP folder of open_clip or transformers, such as what a run's clip stage published",
@@ -88,11 +89,29 @@ def load(name: str, path: str, *, is_custom: bool = False) -> Extractor:
     if name == "clip":
         clip = ClipEncoder.load(path, device())
         rule = f"{clip.preprocess['interpolation']}, {clip.preprocess['resize_mode']}, {clip.image_size}"
-        return Extractor(
-            name, digest_of(name, path), rule, clip.image, lambda texts: _numpy(clip.text(list(texts))[0])
-        )
+        look, reading = functools.partial(clip_images, clip), functools.partial(clip_texts, clip)
+        return Extractor(name, digest_of(name, path), rule, look, reading)
     model = dinov2.load_dinov2(path).to(device())
     return Extractor(name, digest_of(name, path), RESIZE[name], functools.partial(dinov2.features, model))
+
+
+def clip_images(clip: ClipEncoder, images: Sequence[Tensor]) -> Tensor:
+    """(B, D) float32 of pictures (3, H, W) uint8 of any sizes, in micro-batches of 16, the last filled up with its own last
+    picture: row i depends on picture i alone."""
+    with without_tf32():
+        return torch.cat([clip.image(filled)[:count] for filled, count in _micro_batches(images)])
+
+
+def clip_texts(clip: ClipEncoder, captions: Sequence[str]) -> np.ndarray:
+    """(B, D) float32 of captions, in micro-batches as those of pictures: memory does not grow with their number."""
+    return np.concatenate([_numpy(clip.ragged_text(f)[0][:count]) for f, count in _micro_batches(captions)])
+
+
+def _micro_batches(given: Sequence[T]) -> Iterator[tuple[list[T], int]]:
+    """MICRO_BATCH of `given` at a time, and how many of them are no filling."""
+    for start in range(0, len(given), MICRO_BATCH):
+        part = list(given[start : start + MICRO_BATCH])
+        yield [*part, *part[-1:] * (MICRO_BATCH - len(part))], len(part)
 
 
 def weights_of(name: str) -> str:

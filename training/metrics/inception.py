@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from training.pretrained import without_tf32
+
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """The public port of TensorFlow's inception-2015-12-05 graph, from the releases of pytorch-fid."""
@@ -77,8 +79,7 @@ def features(model: nn.Module, images: Tensor | Sequence[Tensor], resize: Resize
     for image in [images] if isinstance(images, Tensor) else [picture[None] for picture in images]:
         _require_pictures(image)
     device = next(model.parameters()).device
-    # cuDNN convolves in TF32 by default, which keeps ten bits of each weight: too few for features that are compared.
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with without_tf32():
         starts = range(0, len(images), MICRO_BATCH)
         return torch.cat(
             [_micro_batch(model, images[at : at + MICRO_BATCH], resize, device) for at in starts]

@@ -85,14 +85,14 @@ def read_reference(path: str | Path, extractor: str) -> Reference:
     return Reference(path, gaussian=gaussian, features=features, **facts)
 
 
-def require_match(reference: Reference, extractor: Extractor) -> None:
-    """Raises UserError when the file says that its statistics are of another extractor, resize rule or weights."""
-    told = {"extractor": extractor.name, "digest": extractor.digest, "resize": extractor.resize}
-    for name, mine in told.items():
-        theirs = getattr(reference, name)
-        if theirs and theirs != mine:
+def require_match(reference: Reference, *, name: str, digest: str, resize: str) -> None:
+    """Raises UserError when the file says that its statistics are of another extractor, resize rule or weights; what is
+    empty is not asked for."""
+    for told, mine in {"extractor": name, "digest": digest, "resize": resize}.items():
+        theirs = getattr(reference, told)
+        if mine and theirs and theirs != mine:
             raise UserError(
-                f"{reference.path} holds statistics of {name} {theirs[:60]} and the generated pictures would be looked at by "
+                f"{reference.path} holds statistics of {told} {theirs[:60]} and the generated pictures would be looked at by "
                 f"{mine[:60]}: give the same extractor for both"
             )
 

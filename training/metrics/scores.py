@@ -14,7 +14,13 @@ from data.config import Config
 from training.metrics.catalogue import FRECHET_BLOCKS, METRICS, Sample
 from training.metrics.clip_score import clip_score
 from training.metrics.frechet import Gaussian
-from training.metrics.intervals import Deletions, frechet_estimate, mean_interval, wilson_interval
+from training.metrics.intervals import (
+    Deletions,
+    Estimate,
+    frechet_estimate,
+    mean_interval,
+    wilson_interval,
+)
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.reconstruction import SSIM_WINDOW, psnr, ssim
 
@@ -36,6 +42,10 @@ class Score(Config):
     meaning: str
 
 
+Scored = tuple[Score, Deletions | None]
+"""A score, and its deletions where a paired comparison can use them."""
+
+
 def accuracy_scores(
     images: np.ndarray, truths: Sequence[Mapping[str, Any] | None], heldout: Sequence[bool]
 ) -> list[Score]:
@@ -54,45 +64,33 @@ def accuracy_scores(
     return found
 
 
-def distribution_score(name: str, sample: Sample) -> tuple[Score, Deletions | None]:
-    """The catalogue's metric `name` of `sample`, and its deletions where a paired comparison can use them."""
+def distribution_score(name: str, sample: Sample) -> Scored:
+    """The catalogue's metric `name` of `sample`."""
     metric = METRICS[name]
     found = metric.compute(sample)
     meaning = f"{metric.meaning}; {found.note}" if found.note else metric.meaning
-    return _score(
-        name, found.value, *found.interval, len(sample.fake), metric.better, meaning
-    ), found.deletions
+    score = _score(name, found.value, *found.interval, len(sample.fake), metric.better, meaning)
+    return score, found.deletions
 
 
-def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Score]:
+def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Scored]:
     """`vae_psnr` in dB and, where pictures are large enough for its window, `vae_ssim`, over K images (K, H, W, 3) uint8."""
-    decibels, n = psnr(originals, reconstructed).per_image, len(originals)
-    found = [
-        _score(
-            "vae_psnr",
-            float(decibels.mean()),
-            *mean_interval(decibels),
-            n,
-            "higher",
-            "VAE reconstruction, dB",
-        )
-    ]
+    found = [_mean("vae_psnr", psnr(originals, reconstructed).per_image, "VAE reconstruction, dB")]
     if min(originals.shape[1:3]) >= SSIM_WINDOW:
         alike = ssim(originals, reconstructed).per_image
-        meaning = "VAE reconstruction, structural similarity"
-        found.append(_score("vae_ssim", float(alike.mean()), *mean_interval(alike), n, "higher", meaning))
+        found.append(_mean("vae_ssim", alike, "VAE reconstruction, structural similarity"))
     return found
 
 
-def reconstruction_fid(originals: np.ndarray, reconstructed: np.ndarray) -> Score:
+def reconstruction_fid(originals: np.ndarray, reconstructed: np.ndarray) -> Scored:
     """`vae_rfid`: the Fréchet Inception distance of reconstructions from their originals, of features (K, 2048) each."""
     found = frechet_estimate(Gaussian.fitted(originals), reconstructed, max_blocks=FRECHET_BLOCKS)
     low, high = (max(end, 0.0) for end in found.interval)
     meaning = "FID of the VAE's reconstructions from their originals"
-    return _score("vae_rfid", found.value, low, high, len(originals), "lower", meaning)
+    return _score("vae_rfid", found.value, low, high, len(originals), "lower", meaning), found.deletions
 
 
-def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) -> dict[str, Score]:
+def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) -> dict[str, Scored]:
     """How near the prior's predicted image embeddings (K, D) come to the true ones, and to what they should not resemble:
     the seven diagnostics, those of DALLE2-pytorch's prior among them.
 
@@ -109,24 +107,24 @@ def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) ->
         "unrelated_caption": (predicted, other_text, "predicted image embedding and another sample's text"),
         "unrelated_images": (image, other_image, "true image embedding and another sample's"),
     }
-    found = {name: _cosine(name, a, b, meaning) for name, (a, b, meaning) in pairs.items()}
-    gap = clip_score(predicted, text).per_sample - clip_score(text, image).per_sample
-    found["difference_from_baseline"] = _score(
-        "difference_from_baseline",
-        float(gap.mean()),
-        *mean_interval(gap),
-        len(gap),
-        "lower",
+    cosines = {name: clip_score(a, b).per_sample for name, (a, b, _) in pairs.items()}
+    found = {
+        name: _mean(name, cosines[name], f"cosine of {meaning}") for name, (*_, meaning) in pairs.items()
+    }
+    gap, meaning = (
+        cosines["to_text"] - cosines["text_baseline"],
         "to_text less text_baseline; near 0 is right",
     )
+    found["difference_from_baseline"] = _mean("difference_from_baseline", gap, meaning, better="lower")
     return found
 
 
-def _cosine(name: str, a: np.ndarray, b: np.ndarray, meaning: str) -> Score:
-    measured = clip_score(a, b)
-    return _score(
-        name, measured.mean, *mean_interval(measured.per_sample), len(a), "higher", f"cosine of {meaning}"
-    )
+def _mean(
+    name: str, values: np.ndarray, meaning: str, better: Literal["higher", "lower"] = "higher"
+) -> Scored:
+    found = Estimate.of_mean(values)
+    low, high = mean_interval(values)
+    return _score(name, float(values.mean()), low, high, len(values), better, meaning), found.deletions
 
 
 def _score(

@@ -66,10 +66,12 @@ def test_what_was_written_is_read_again_by_the_same_extractor_only(tmp_path):
     found = read_reference(path, "clip")
     np.testing.assert_allclose(found.gaussian.covariance, np.cov(features, rowvar=False), rtol=1e-6)
     assert found.gaussian.n == 20 and np.array_equal(found.features, features)
-    require_match(found, EXTRACTOR)
-    other = Extractor("clip", "e" * 64, "bicubic", EXTRACTOR.features)
+    require_match(found, name="clip", digest="d" * 64, resize="bicubic")
+    require_match(found, name="clip", digest="", resize="bicubic")
     with pytest.raises(UserError, match="statistics of digest dddd"):
-        require_match(found, other)
+        require_match(found, name="clip", digest="e" * 64, resize="bicubic")
+    with pytest.raises(UserError, match="statistics of resize bicubic"):
+        require_match(found, name="clip", digest="", resize="clean")
 
 
 @pytest.mark.parametrize("sigma", [np.eye(3), np.full((4, 4), np.nan)], ids=["another width", "not finite"])
