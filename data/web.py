@@ -60,7 +60,7 @@ class FetchRules(Config):
     """How pictures are asked for. The limits hold for one `WebFetcher`, hence for one process."""
 
     concurrency: int = operational(32, ge=1, le=1024, description="requests at once")
-    per_host: int = operational(8, ge=1, description="requests at once to one host")
+    per_host: int = operational(8, ge=1, description="requests at once to one host, of each worker")
     connect_timeout: float = operational(10.0, gt=0, description="seconds to resolve a name and connect")
     read_timeout: float = operational(10.0, gt=0, description="seconds without a byte from the server")
     total_timeout: float = operational(60.0, gt=0, description="seconds for one attempt with its redirects")

@@ -18,6 +18,7 @@ from data.manifest import snapshots
 from flows import serving
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from prefect_server import (
     deploy,
     ended,
@@ -29,6 +30,7 @@ from prefect_server import (
     start,
     talking_to,
 )
+from ray_cluster import RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1800)]
 PICTURES, PER_SHARD = 400, 5
@@ -64,10 +66,20 @@ def deployment(server, pictures, tmp_path) -> str:  # noqa: ARG001
     return deployed(pictures, tmp_path)
 
 
-def deployed(pictures: Path, folder: Path) -> str:
+@pytest.fixture
+def jobs(monkeypatch) -> Iterator[RayCluster]:
+    """A cluster with a job server, whose token a worker that is started has."""
+    with ray_cluster() as made:
+        made.start_head(num_cpus=1)
+        for name, value in made.client.items():
+            monkeypatch.setenv(name, value)
+        yield made
+
+
+def deployed(pictures: Path, folder: Path, **place: str) -> str:
     """What the name says, on the server that is talked to; returns the deployment's name."""
     settings = {"shard.samples_per_shard": PER_SHARD, "shard.image_size": 32, "fanout.num_workers": 1}
-    run = {"data": str(pictures), "root": str(folder / "runs"), "settings": settings}
+    run = {"data": str(pictures), "root": str(folder / "runs"), "settings": settings} | place
     name = folder.name.replace("_", "-")
     deploy(folder, entry("prepare", name, run))
     return f"prepare/{name}"
@@ -108,6 +120,42 @@ def test_a_run_cancelled_from_the_api_ends_and_the_next_one_resumes(server, home
         assert not list((root / "store").glob("shard/*/_meta/snapshots/*")), "what was cancelled is not done"
         eventually(lambda: any("next run of this deployment resumes" in line for line in log(run)))
         resumed(deployment, root, done)
+
+
+def test_stages_of_a_flow_are_jobs_of_a_cluster_and_a_cancelled_one_stops_after_the_shards_begun(
+    server, home, pictures, jobs, tmp_path
+):
+    root = tmp_path / "runs"
+    deployment = deployed(pictures, tmp_path, address=jobs.http)
+    with serving.worker(home, server, "darkroom"):
+        run = start(deployment)
+        done = begun(root)
+        (job,) = jobs.jobs()
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run.id, Cancelling())
+        assert ended(run).name == "Cancelled"
+        eventually(lambda: jobs.jobs()[job]["status"] == "STOPPED", 90, lambda: str(jobs.jobs()[job]))
+        assert not list(root.rglob(".tmp-*")) and not list(root.rglob("_meta/lease.json"))
+        eventually(lambda: f"shard is job {job}" in log(run), 30, lambda: str(log(run)))
+        resumed(deployment, root, done)
+    first, second = sorted(jobs.jobs().values(), key=lambda each: each["start_time"])
+    assert (first["status"], second["status"]) == ("STOPPED", "SUCCEEDED")
+    assert jobs.token not in "".join(log(run))
+
+
+def test_a_flow_that_is_killed_leaves_its_job_which_the_next_run_goes_on_with(
+    server, home, pictures, jobs, tmp_path
+):
+    root = tmp_path / "runs"
+    deployment = deployed(pictures, tmp_path, address=jobs.http)
+    with serving.worker(home, server, "darkroom") as worker:
+        run = start(deployment)
+        done = begun(root)
+        os.kill(process_of(worker.pid), signal.SIGKILL)
+        assert ended(run).name == "Crashed"
+        resumed(deployment, root, done)
+    (job,) = jobs.jobs().values()
+    assert job["status"] == "SUCCEEDED"
 
 
 def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_resumes(
