@@ -66,11 +66,11 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
         if snapshot := spec.made():
             return snapshot
         inputs = {role: ref.open() for role, ref in spec.inputs.items()}
-        workspace = Workspace(spec.folder, spec.fingerprint, _with_gpus(spec.fanout), progress)
+        workspace = Workspace(spec.folder, spec.fingerprint, with_gpus(spec.fanout), progress)
         return stage.run(config, inputs, workspace)
 
 
-def _with_gpus(fanout: FanoutConfig) -> FanoutConfig:
+def with_gpus(fanout: FanoutConfig) -> FanoutConfig:
     """`fanout` with its actors' GPUs settled: the networks of a cluster that has GPUs run on them unless told otherwise."""
     if fanout.num_gpus is not None:
         return fanout

@@ -24,7 +24,7 @@ from data.shards import ShardConfig
 from data.sources import SourceConfig
 from data.verify import Verdict, is_external, parent_folder, verify
 from stages import prompts
-from stages.catalogue import STAGES
+from stages.catalogue import STAGES, with_gpus
 from stages.contract import FanoutConfig, InputRef, Inputs, Progress, Workspace, silent
 from stages.fanout import ShardTask, map_shards
 from stages.rewriting import ShardRewriting, relist, rewrites, without_repeats
@@ -72,7 +72,7 @@ def repair(
     `found` is what it just found, if that is known. Raises UserError as `verify` does; what cannot be made again is in
     the verdict.
     """
-    bench = _Bench(fanout or FanoutConfig(), progress)
+    bench = _Bench(with_gpus(fanout or FanoutConfig()), progress)
     before = found or verify(uri)
     if before.ok:
         return Repair(mended=(), verdict=before)

@@ -37,18 +37,18 @@ def seen_by(config: FanoutConfig) -> str | None:
 
 
 def test_networks_run_on_the_gpus_of_a_cluster_that_has_some_and_one_actor_has_one():
-    settled = catalogue._with_gpus(FanoutConfig())
+    settled = catalogue.with_gpus(FanoutConfig())
     assert settled.num_gpus == 1.0 and fanout._room(settled) == 2
     assert seen_by(settled) in ("0", "1")
 
 
 def test_what_a_user_says_of_gpus_stands():
-    assert catalogue._with_gpus(FanoutConfig(num_gpus=0.0)).num_gpus == 0.0
-    assert fanout._room(catalogue._with_gpus(FanoutConfig(num_gpus=0.5))) == 4
+    assert catalogue.with_gpus(FanoutConfig(num_gpus=0.0)).num_gpus == 0.0
+    assert fanout._room(catalogue.with_gpus(FanoutConfig(num_gpus=0.5))) == 4
     with pytest.raises(UserError, match="hold 1 such workers"):
         fanout._room(FanoutConfig(num_gpus=2.0, num_workers=2))
 
 
 def test_an_actor_without_a_gpu_sees_none():
-    workspace = Workspace("memory://nowhere", "0123456789ab", catalogue._with_gpus(FanoutConfig()))
+    workspace = Workspace("memory://nowhere", "0123456789ab", catalogue.with_gpus(FanoutConfig()))
     assert seen_by(workspace.without_gpus.fanout) == ""

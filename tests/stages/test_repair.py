@@ -151,6 +151,23 @@ def test_what_was_lost_is_made_again_to_the_byte(root: Path) -> None:
     }
 
 
+def test_embeddings_pictures_and_features_are_made_again_to_the_byte(untrained_run, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(untrained_run[0], tmp_path / "root"))
+    before = digests(root)
+    embed, generate, evaluate = (
+        next((root / "store" / s).iterdir()) for s in ("embed", "generate", "evaluate")
+    )
+    (embed / "img_emb/img_emb_00000.npy").unlink()
+    (embed / "text_hidden/text_hidden_00001.npy").unlink()
+    (embed / "empty/text_emb.npy").unlink()
+    (generate / "generated/generated_00000.npy").unlink()
+    (evaluate / "predicted_emb/predicted_emb_00001.npy").unlink()
+    done = repair(str(root), fanout=FANOUT)
+    assert done.verdict.ok, done.verdict.problems
+    assert {mended.how for mended in done.mended} == {"made again"} and len(done.mended) == 5
+    assert digests(root).items() >= before.items(), "receipts of what was made again are new here"
+
+
 def test_only_damaged_shards_are_made_again(root: Path) -> None:
     shard = root / "store/shard/one"
     kept = {name: (shard / name).stat().st_mtime_ns for name in ("00000.tar", "00002.tar")}
