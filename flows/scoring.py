@@ -202,6 +202,7 @@ def _score(
         "n": len(sample.fake),
         "better": metric.better,
         "meaning": f"{metric.meaning}; {found.note}" if found.note else metric.meaning,
+        "facts": dict(found.facts),
         "protocol": protocol.model_dump(mode="json") | {"digest": protocol.digest},
     }
 

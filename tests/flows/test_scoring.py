@@ -99,6 +99,9 @@ def test_two_folders_and_a_clip_give_values_intervals_and_a_protocol(folders, cl
         assert score["low"] <= score["value"] <= score["high"] and score["n"] == 36
         assert score["protocol"]["reference_n"] == 40 and len(score["protocol"]["extractor_digest"]) == 64
         assert score["protocol"]["metric"] == name
+    facts = found["fd_clip"]["facts"]
+    assert (facts["rank_real"], facts["rank_generated"], facts["clipped_mass"]) == (8, 8, 0.0)
+    assert facts["mean_term"] + facts["covariance_term"] == pytest.approx(found["fd_clip"]["value"])
 
 
 def test_a_folder_against_itself_is_at_no_distance_and_in_full_reach(folders, clip, scores):

@@ -6,9 +6,10 @@ Legend: N real and M generated pictures, D feature width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ class Value(NamedTuple):
     interval: tuple[float, float]
     note: str = ""
     """What belongs to this very value."""
+    facts: Mapping[str, float | str] = MappingProxyType({})
+    """How far it can be believed: ranks and clipped mass of a Fréchet distance, the residual of an extrapolation."""
     deletions: Deletions | None = None
     """For a paired comparison; None where the interval is not the jackknife over blocks of generated samples."""
 
@@ -104,7 +107,17 @@ def few(sample: Sample, extractor: str) -> str:
 def _frechet(sample: Sample) -> Value:
     reference, accumulate = _given(sample.reference), sample.accumulate
     found = frechet_estimate(reference, sample.fake, max_blocks=FRECHET_BLOCKS, accumulate=accumulate)
-    return Value.of(found, at_least=0.0)
+    told = found.diagnostics
+    assert told is not None
+    facts = {
+        "method": told.method,
+        "rank_real": told.rank[0],
+        "rank_generated": told.rank[1],
+        "clipped_mass": max(told.clipped),
+        "mean_term": told.mean_term,
+        "covariance_term": told.covariance_term,
+    }
+    return Value.of(found, at_least=0.0)._replace(facts=facts)
 
 
 def _infinity(sample: Sample) -> Value:
@@ -113,6 +126,7 @@ def _infinity(sample: Sample) -> Value:
         found.value,
         found.interval,
         f"residual {found.residual:.3g} over N = {found.sizes[0]} to {found.sizes[-1]}",
+        {"residual": found.residual, "smallest_n": found.sizes[0], "largest_n": found.sizes[-1]},
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 
 from data.config import Config
-from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.frechet import Diagnostics, Gaussian, frechet_distance
 from training.metrics.moments import Accumulate, Moments, accumulate_here, merge, runs, without
 
 MAX_BLOCKS = 32
@@ -41,6 +41,8 @@ class Estimate:
 
     value: float
     deletions: Deletions
+    diagnostics: Diagnostics | None = None
+    """Of a Fréchet distance."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -120,14 +122,14 @@ def frechet_estimate(
     found = accumulate(features, [*spans, *((int(b[0]), int(b[-1]) + 1) for b in blocks)])
     whole = merge(itertools.islice(found, len(spans)))
     everyone = Gaussian.of(whole)
-    full = frechet_distance(reference, replace(everyone, rows=features) if few else everyone).value
+    full = frechet_distance(reference, replace(everyone, rows=features) if few else everyone)
     deleted = []
     for block, part in zip(blocks, found, strict=True):
         rest = Gaussian.of(without(whole, part))
         if few:
             rest = replace(rest, rows=np.delete(features, block, axis=0))
         deleted.append(frechet_distance(reference, rest, exact=False).value)
-    return Estimate.of(full, deleted, blocks)
+    return replace(Estimate.of(full.value, deleted, blocks), diagnostics=full.diagnostics)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -40,6 +40,8 @@ class Score(Config):
     n: int
     better: Literal["higher", "lower"]
     meaning: str
+    facts: dict[str, float | str] = {}
+    """How far the value can be believed, as the metric itself tells."""
 
 
 Scored = tuple[Score, Deletions | None]
@@ -70,7 +72,7 @@ def distribution_score(name: str, sample: Sample) -> Scored:
     found = metric.compute(sample)
     meaning = f"{metric.meaning}; {found.note}" if found.note else metric.meaning
     score = _score(name, found.value, *found.interval, len(sample.fake), metric.better, meaning)
-    return score, found.deletions
+    return score.model_copy(update={"facts": dict(found.facts)}), found.deletions
 
 
 def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Scored]:
