@@ -16,7 +16,23 @@ from typing import Any
 CHECKOUT = Path(__file__).parent.parent
 SHARED = CHECKOUT.parent / "shared" / "datasets"
 
+SMALL_NETWORKS = {
+    "clip.vision_width": 16,
+    "clip.vision_layers": 1,
+    "clip.embed_dim": 16,
+    "clip.text_width": 16,
+    "clip.text_layers": 1,
+    "vae.block_out_channels": "8,8,8",
+    "prior.num_layers": 1,
+    "prior.attention_head_dim": 8,
+    "denoiser.block_out_channels": "8,8",
+    "denoiser.norm_num_groups": 4,
+    "denoiser.num_attention_heads": 2,
+}
+"""Of a demo whose pictures nobody looks at."""
+
 TINY = {
+    **SMALL_NETWORKS,
     "source.count": 240,
     "shard.samples_per_shard": 80,
     "evaluate.num_images": 16,

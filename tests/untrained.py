@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_lines import SMALL_NETWORKS
 
 from data import storage
 from data.loader import ColumnSet
@@ -33,17 +34,7 @@ from training.metrics.moments import accumulate_here
 SETTINGS = {
     "source.count": 60,
     "shard.samples_per_shard": 30,
-    "clip.vision_width": 16,
-    "clip.vision_layers": 1,
-    "clip.embed_dim": 16,
-    "clip.text_width": 16,
-    "clip.text_layers": 1,
-    "vae.block_out_channels": "8,8,8",
-    "prior.num_layers": 1,
-    "prior.attention_head_dim": 8,
-    "denoiser.block_out_channels": "8,8",
-    "denoiser.norm_num_groups": 4,
-    "denoiser.num_attention_heads": 2,
+    **SMALL_NETWORKS,
     "evaluate.num_images": 26,
     "evaluate.num_inference_steps": 2,
     "evaluate.prior_steps": 2,
