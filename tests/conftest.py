@@ -129,6 +129,20 @@ def inception_weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dinov2_folder(tmp_path_factory) -> Path:
+    """A random DINOv2 of one layer, 16 wide."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Dinov2Config(image_size=28, patch_size=14, **sizes)
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     """A random T5 encoder with a tokenizer of single letters."""
     import torch

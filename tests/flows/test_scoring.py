@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Dinov2Config, Dinov2Model
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import normalize, resize
+from transformers import Dinov2Model
 
 from flows import cli
 from training.metrics import extractors
@@ -180,13 +182,25 @@ def test_inception_from_a_file_gives_its_metrics_and_those_of_the_clean_resize(
     assert "inception:custom=PATH" in complaint(*given, f"inception={inception_weights}")
 
 
-def test_dinov2_is_read_from_a_folder(folders, scores, tmp_path):
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
-    found = scores("--real", folders[0], "--fake", folders[1], "--extractor", f"dinov2={tmp_path / 'dinov2'}")
+def test_dinov2_is_read_from_a_folder_and_looks_at_each_picture_alone(folders, scores, dinov2_folder):
+    found = scores("--real", folders[0], "--fake", folders[1], "--extractor", f"dinov2={dinov2_folder}")
     assert found["fd_dinov2"]["value"] > 0 and found["fd_dinov2"]["protocol"]["resize"].startswith("bicubic")
+    extractor = extractors.load("dinov2", str(dinov2_folder))
+    rng = np.random.default_rng(0)
+    pictures = [torch.from_numpy(rng.integers(0, 256, (3, 20 + i, 24), dtype=np.uint8)) for i in range(17)]
+    together = extractor.features(pictures)
+    assert torch.equal(extractor.features(pictures[16:]), together[16:])
+    with pytest.raises(ValueError, match="uint8"):
+        extractor.features([pictures[0].float() / 255])
+    model, mean, std = (
+        Dinov2Model.from_pretrained(dinov2_folder),
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )
+    resized = [resize(p.float(), [224, 224], InterpolationMode.BICUBIC, antialias=True) for p in pictures]
+    with torch.inference_mode():
+        expected = [model(normalize(x / 255, mean, std)[None]).last_hidden_state[0, 0] for x in resized]
+    torch.testing.assert_close(together, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_sizes_and_few_pictures_are_said(tmp_path, clip, scores):

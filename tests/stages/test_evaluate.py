@@ -59,9 +59,9 @@ def dealt_to(workers: int):
     return deal
 
 
-def evaluated(root: Path, out: Path, fan_out, monkeypatch) -> dict[str, str]:
+def evaluated(root: Path, out: Path, fan_out, monkeypatch, **changes) -> dict[str, str]:
     """Generates and evaluates the run under `out`; relative path -> SHA-256 of every image block, feature and score."""
-    plan = untrained.plan_of(root)
+    plan = untrained.plan_of(root, **changes)
     stages = {stage.name: runs.spec_of(plan, stage) for stage in plan.stages}
     inputs: dict[str, Snapshot] = {}
     for module in (generate, evaluate):
@@ -76,10 +76,32 @@ def evaluated(root: Path, out: Path, fan_out, monkeypatch) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
-def test_every_bit_is_the_same_for_any_number_of_workers(untrained_run, tmp_path, monkeypatch, workers):
-    alone = evaluated(untrained_run[0], tmp_path / "alone", untrained.inline, monkeypatch)
-    assert evaluated(untrained_run[0], tmp_path / "dealt", dealt_to(workers), monkeypatch) == alone
+def test_every_bit_is_the_same_for_any_number_of_workers(
+    untrained_run, dinov2_folder, tmp_path, monkeypatch, workers
+):
+    asked = {"evaluate__dinov2": dinov2_folder}
+    alone = evaluated(untrained_run[0], tmp_path / "alone", untrained.inline, monkeypatch, **asked)
+    assert evaluated(untrained_run[0], tmp_path / "dealt", dealt_to(workers), monkeypatch, **asked) == alone
     assert len([name for name in alone if name.startswith("generate/generated/")]) == 5
+    assert len([name for name in alone if "dinov2" in name]) == 5 + 10, (
+        "blocks of generated and real pictures"
+    )
+
+
+@pytest.mark.slow
+def test_inceptions_metrics_too_have_the_same_bits(untrained_run, inception_weights, tmp_path, monkeypatch):
+    asked = {
+        "evaluate__inception": inception_weights,
+        "evaluate__inception_is_custom": True,
+        "evaluate__num_images": 8,
+        "evaluate__reference_images": 8,
+        "evaluate__reconstruction_images": 3,
+    }
+    alone = evaluated(untrained_run[0], tmp_path / "alone", untrained.inline, monkeypatch, **asked)
+    assert evaluated(untrained_run[0], tmp_path / "dealt", dealt_to(3), monkeypatch, **asked) == alone
+    scores = json.loads((tmp_path / "alone/evaluate/scores.json").read_text())["scores"]
+    named = {"fid", "kid", "precision", "recall", "density", "coverage", "inception_score", "vae_rfid"}
+    assert named <= {score["name"] for score in scores}
 
 
 def test_the_tail_is_neither_dropped_nor_repeated(untrained_run, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def distribution_score(name: str, sample: Sample) -> Scored:
     found = metric.compute(sample)
     meaning = f"{metric.meaning}; {found.note}" if found.note else metric.meaning
     score = _score(name, found.value, *found.interval, len(sample.fake), metric.better, meaning)
-    return score.model_copy(update={"facts": dict(found.facts)}), found.deletions
+    return Score.model_validate(score.model_dump() | {"facts": dict(found.facts)}), found.deletions
 
 
 def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Scored]:
