@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from data.errors import UserError
 from data.loader import ColumnSet
@@ -24,6 +25,7 @@ def export_run(record: Mapping[str, Any], out: str) -> Path:
     """Writes the pipelines of the run `record` into the folder `out`, which is empty or made; returns its path."""
     folder = Path(out).expanduser()
     require_empty(folder)
+    disable_progress_bar()  # one for each network, of a single step
     folders = trained_parts(record)
     system = Unclip.load(folders["clip"], folders["vae"], folders["prior"], folders["denoiser"])
     shards = snapshots(folders["shard"])

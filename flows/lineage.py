@@ -178,10 +178,10 @@ def _there(root: str, place: str) -> str:
     is_whole = not storage.is_local(place) or place.startswith(("/", "~", ".", "file://"))
     try:
         found = places.readable(place)
-    except UserError:
-        if is_whole:
-            raise
-        found = places.readable(f"{root}/{place}")
+    except UserError as error:
+        if is_whole or not storage.exists(f"{root}/{place}"):
+            raise error from None
+        found = f"{root}/{place}"
     return str(storage.local_path(found).absolute()) if storage.is_local(found) else found
 
 

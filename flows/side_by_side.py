@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from flows import console
 from stages.report_page import png_data_uri, tile_width
 
 TILE = 128
@@ -28,11 +29,12 @@ img { image-rendering: pixelated; border-radius: 4px; }
 {% if found.config %}<table><tr><th>setting</th>{% for run in found.runs %}<th>{{ run }}</th>{% endfor %}</tr>
 {% for row in found.config %}<tr><td>{{ row.path }}</td><td>{{ row.a }}</td><td>{{ row.b }}</td></tr>
 {% endfor %}</table>{% endif %}
-{% if found.metrics %}<table><tr><th>score</th>{% for run in found.runs %}<th>{{ run }}</th>{% endfor %}</tr>
+{% if found.metrics %}<table><tr><th>score</th>{% for run in found.runs %}<th>{{ run }}</th>{% endfor %}<th>difference, 95 %</th></tr>
 {% for row in found.metrics.metrics + found.metrics.incomparable %}<tr><td>{{ row.name }}</td>
 {% for run in found.runs %}{% set score = row["values"][run] %}<td>{{ "%.4g" | format(score.value) }}
 ({{ "%.4g" | format(score.low) }} – {{ "%.4g" | format(score.high) }})</td>{% endfor %}
-{% if row.differences %}<td>another protocol: {{ row.differences | join("; ") }}</td>{% endif %}</tr>
+<td>{% if "differences" in row %}another protocol: {{ row.differences | join("; ") }}
+{%- else %}{{ row.against_first[found.runs[1]] | difference }}{% endif %}</td></tr>
 {% endfor %}</table>{% endif %}
 <p>The first picture of each pair is by {{ found.runs[0] }}, the second by {{ found.runs[1] }},
 from {{ "the same noise" if found.samples.same_noise else "noise of their own" }}.</p>
@@ -57,5 +59,7 @@ class Pair:
 def page(found: Mapping[str, Any], pairs: Sequence[Pair]) -> str:
     """The page of what `flows.diff.diff` found."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(uri=png_data_uri, tile=lambda picture: tile_width(picture, TILE))
+    environment.filters.update(
+        uri=png_data_uri, tile=lambda picture: tile_width(picture, TILE), difference=console.difference
+    )
     return environment.from_string(TEMPLATE).render(found=found, pairs=pairs)

@@ -98,6 +98,15 @@ def test_the_page_holds_both_pictures_of_each_prompt_and_asks_for_nothing(
     assert "another protocol: guidance_scale 2.0 and 3.0" in text
 
 
+def test_the_page_has_the_difference_of_what_compares(both, tmp_path):
+    root = Path(shutil.copytree(both[0], tmp_path / "root"))
+    other = untrained.finish(untrained.plan_of(root, evaluate__guidance_scale=3.0))["run"]
+    assert cli.main(["diff", both[1], other, f"--root={root}", f"--out={tmp_path / 'diff.html'}"]) == 0
+    text = (tmp_path / "diff.html").read_text()
+    assert "another protocol: guidance_scale 2.0 and 3.0" in text
+    assert re.search(r"<td>vae_psnr</td>.*?<td>\+0 \(\+0 to \+0\) undecided</td>", text, re.DOTALL)
+
+
 def test_in_json_it_is_the_only_line(both, capsys):
     root, a, b = both
     assert cli.main(["diff", a, b, f"--root={root}", "--json"]) == 0

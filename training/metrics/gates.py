@@ -103,7 +103,9 @@ def _against(gate: Against, scores: Mapping[str, Measured], baseline: Mapping[st
         for name in shared
         if not apart[name] and scores[name].deletions is not None
     }
-    if not alike:
+    # What measures the very same parts is equal, and no evidence where the rest cannot be held against each other.
+    tells = [name for name in alike if baseline[name].protocol.weights != scores[name].protocol.weights]
+    if not alike or (not tells and any(apart.values())):
         where = "; ".join(f"{name}: {places[0]}" for name, places in apart.items() if places)
         return Verdict(gate.text, False, f"no metric compares ({where or 'none is in both runs'})")
     worse = {name: d for name, d in alike.items() if d.verdict == "worse"}

@@ -77,3 +77,18 @@ def test_not_worse_is_lost_when_nothing_compares():
     lost = judge(parsed("not worse than base"), clip_score(0.4, n=32), {"base": clip_score(0.4)})
     assert not lost.held and "no metric compares (clip_score: n 64 and 32)" in lost.reason
     assert "none is in both runs" in judge(parsed("not worse than base"), {}, {"base": {}}).reason
+
+
+def test_scores_of_the_very_same_parts_say_nothing_where_what_was_changed_does_not_compare():
+    """Two runs that differ in guidance alone: their VAE is one, and cannot be worse than itself."""
+    vae = {"vae_psnr": clip_score(0.9, metric="vae_psnr", weights={"vae": "one"})["clip_score"]}
+    run = vae | clip_score(0.3, guidance_scale=3.0)
+    baseline = vae | clip_score(0.5, guidance_scale=2.0)
+    verdict = judge(parsed("not worse than demo-1"), run, {"demo-1": baseline})
+    assert not verdict.held
+    assert "no metric compares (clip_score: guidance_scale 2.0 and 3.0" in verdict.reason
+
+
+def test_a_run_is_not_worse_than_itself():
+    run = clip_score(0.3)
+    assert judge(parsed("not worse than demo-1"), run, {"demo-1": run}).held
