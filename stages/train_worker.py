@@ -70,21 +70,23 @@ def _train(spec: dict[str, Any]) -> None:
     )
     columns, held = everything.split(config.held_out(len(everything)))
     trainable: Trainable = FIT[spec["name"]](config, columns)
-    report, close = _reports(spec, config) if distributed.rank() == 0 else (lambda _: None, lambda: None)
+    kept = _sinks(spec, config) if distributed.rank() == 0 else None
     state = loop.train(
         trainable,
         lambda step: _batches(trainable, columns, config, step),
         config,
         storage.join(spec["folder"], "checkpoints"),
         identity=spec["identity"],
-        report=report,
+        report=_report(spec, config, kept) if kept else lambda _: None,
+        keep=kept.flush if kept else lambda: None,
         key_of=lambda position: key_at(columns, config.seed, position),
         held_out=_held_out(trainable, held, config),
         preempted=_notices(),
         begin=_beginning(spec),
         stopped=_stops(spec["board"]),
     )
-    close()
+    if kept:
+        kept.close()
     if state.clock < config.max_steps:
         return
     with publishing.publishing(spec["folder"]) as folder:
@@ -133,17 +135,15 @@ def _held_out(
     )
 
 
-def _reports(
-    spec: dict[str, Any], config: TrainConfig
-) -> tuple[Callable[[loop.Row], None], Callable[[], None]]:
-    """What takes each row of the training, and what closes the sinks behind it."""
-    board = spec["board"]
-    kept = Sinks(
-        storage.join(spec["folder"], "_meta"),
-        config.log_to,
-        run=spec["run"],
-        config=result_fields(config),
+def _sinks(spec: dict[str, Any], config: TrainConfig) -> Sinks:
+    return Sinks(
+        storage.join(spec["folder"], "_meta"), config.log_to, run=spec["run"], config=result_fields(config)
     )
+
+
+def _report(spec: dict[str, Any], config: TrainConfig, kept: Sinks) -> Callable[[loop.Row], None]:
+    """What takes each row of the training."""
+    board = spec["board"]
     place = {"devices": distributed.world_size(), "device": _device_name()}
 
     def report(row: loop.Row) -> None:
@@ -151,7 +151,7 @@ def _reports(
         board.write.remote(row["step"], row["loss"], row["samples_per_second"])
         kept.write({**row, **place})
 
-    return report, kept.close
+    return report
 
 
 def _notices() -> Callable[[], bool]:

@@ -69,15 +69,22 @@ class Saver:
     """Commits checkpoints under `folder` while training goes on: a save copies the state, a thread writes the copy.
 
     At most one write is in flight: the next save, `wait` and the end of the `with` block wait for it and raise what went
-    wrong, on every rank. Kept are the newest `keep` checkpoints and the one with the lowest validation loss. Collective:
-    every rank makes one and calls it alike.
+    wrong, on every rank. Kept are the newest `keep` checkpoints and the one with the lowest validation loss. `before` is
+    called when a save begins: what a resumed training will not tell again must be safe by then. Collective: every rank makes
+    one and calls it alike.
     """
 
     def __init__(
-        self, folder: Path | str, identity: str, *, keep: int = KEEP, max_steps: int | None = None
+        self,
+        folder: Path | str,
+        identity: str,
+        *,
+        keep: int = KEEP,
+        max_steps: int | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.identity, self.keep, self.max_steps = folder, identity, keep, max_steps
-        self._place = place_of(folder)
+        self._before, self._place = before, place_of(folder)
         is_cuda = distributed.device().type == "cuda"
         self._stager = DefaultStager(StagingOptions(is_cuda, False, False, is_cuda))
         self._group = dist.new_group(backend="gloo", timeout=DEADLINE) if dist.is_initialized() else None
@@ -103,6 +110,7 @@ class Saver:
         Replaces one of the same step: `restore` would have taken it if it had been intact.
         """
         self.wait()
+        self._before()
         tensors, groups = _tensors(state)
         staged = self._stager.stage(tensors)
         facts = {

@@ -39,6 +39,7 @@ def train(
     *,
     identity: str,
     report: Callable[[Row], None] = lambda _: None,
+    keep: Callable[[], None] = lambda: None,
     key_of: spikes.KeyOf = str,
     held_out: validation.HeldOut | None = None,
     preempted: Callable[[], bool] = lambda: False,
@@ -48,7 +49,7 @@ def train(
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the last state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
-    `report` is given every row of the curve with its times, `key_of` names samples in messages, `held_out` is what the
+    `report` is given every row of the curve with its times, and `keep` called before a checkpoint holds them; `key_of` names samples in messages, `held_out` is what the
     averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
     `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
@@ -58,7 +59,7 @@ def train(
     state = build_state(trainable, config, begin)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
-    with checkpoint.Saver(folder, identity, max_steps=config.max_steps) as saver:
+    with checkpoint.Saver(folder, identity, max_steps=config.max_steps, before=keep) as saver:
         while state.clock < config.max_steps:
             try:
                 _run(trainable, state, batches, config, saver, report, key_of, held_out, preempted, stopped)

@@ -30,6 +30,10 @@ class Sink(Protocol):
         """Takes one row."""
         ...
 
+    def flush(self) -> None:
+        """All that was taken is safe, should this process be killed."""
+        ...
+
     def close(self) -> None:
         """Nothing follows; all that was taken is safe."""
         ...
@@ -43,22 +47,30 @@ class ParquetSink:
     def __init__(self, folder: str) -> None:
         self.path = storage.join(folder, "metrics.parquet")
         self.rows: list[Row] = rows_at(self.path)
+        self.is_ahead = False
+        """Of what lies on disk."""
 
     def write(self, row: Row) -> None:
         """Keeps the row; every fiftieth brings all of them to disk."""
         self.rows = [kept for kept in self.rows if kept["step"] < row["step"]] + [dict(row)]
+        self.is_ahead = True
         if len(self.rows) % self.WRITE_EVERY == 0:
-            self.close()
+            self.flush()
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Brings all rows to disk in one step."""
-        if not self.rows:
+        if not self.is_ahead:
             return
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         columns = {name: [row.get(name) for row in self.rows] for name in names}
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer)
         storage.write_bytes(self.path, buffer.getvalue())
+        self.is_ahead = False
+
+    def close(self) -> None:
+        """As `flush`."""
+        self.flush()
 
 
 class TensorBoardSink:
@@ -84,8 +96,13 @@ class TensorBoardSink:
         for name, value in metrics_of(row).items():
             self.writer.add_scalar(name, value, row["step"])
 
+    def flush(self) -> None:
+        """Brings the file to disk; it does so every ten seconds by itself."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def close(self) -> None:
-        """Flushes the file."""
+        """Ends the file."""
         if self.writer is not None:
             self.writer.close()
         if not storage.is_local(self.url):
@@ -109,6 +126,9 @@ class WandbSink:
         """One step of the run's history."""
         self.run.log(metrics_of(row), step=row["step"])
 
+    def flush(self) -> None:
+        """Nothing: its own process sends what it was given."""
+
     def close(self) -> None:
         """Ends the run."""
         self.run.finish()
@@ -131,6 +151,9 @@ class MlflowSink:
         """The row's metrics at its step."""
         self.mlflow.log_metrics(metrics_of(row), step=row["step"])
 
+    def flush(self) -> None:
+        """Nothing: a row is sent as it is written."""
+
     def close(self) -> None:
         """Ends the run."""
         self.mlflow.end_run()
@@ -152,6 +175,11 @@ class Sinks:
         """Gives the row to every sink."""
         for sink in self.sinks:
             sink.write(row)
+
+    def flush(self) -> None:
+        """Makes safe what every sink was given."""
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
         """Closes every sink."""

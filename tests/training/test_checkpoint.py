@@ -202,6 +202,18 @@ def test_what_is_written_is_the_state_of_the_save_and_not_of_the_steps_after_it(
     assert len(state.pending) == 2
 
 
+def test_what_has_to_be_safe_first_is_asked_for_before_there_is_a_checkpoint(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    state = TrainState(model, optim.build_optimizer(model, CONFIG), Ema(model, 0.9))
+    there: list[int] = []
+    with checkpoint.Saver(
+        tmp_path, "one", before=lambda: there.append(len(list(tmp_path.glob("step_*"))))
+    ) as saver:
+        for state.clock in (1, 2):
+            saver.save(state)
+    assert there == [0, 1]
+
+
 def test_a_write_that_fails_is_raised_by_the_next_save_and_by_the_end(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     state = loop.build_state(Regression(), CONFIG)

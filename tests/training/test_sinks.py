@@ -66,6 +66,18 @@ def test_many_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "metrics.parquet").num_rows == 51
 
 
+def test_what_a_checkpoint_holds_is_on_disk_before_it(tmp_path: Path) -> None:
+    """Else a kill after it would leave a hole: nobody tells those steps again."""
+    kept = Sinks(str(tmp_path))
+    kept.write(_row(20, 1.0))
+    kept.flush()
+    assert pq.read_table(tmp_path / "metrics.parquet").num_rows == 1
+    written = (tmp_path / "metrics.parquet").stat().st_mtime_ns
+    kept.flush()
+    assert (tmp_path / "metrics.parquet").stat().st_mtime_ns == written, "nothing is new"
+    assert [v.tag for e in _events(tmp_path) for v in e.summary.value] == ["loss"]
+
+
 def test_a_service_without_its_library_is_refused_by_its_setting() -> None:
     sinks.require("", "vae.log_to")
     with pytest.raises(UserError, match=r"vae\.log_to=nowhere_to_log, but the Python library nowhere_to_log"):
