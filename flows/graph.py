@@ -18,12 +18,13 @@ from flows.recipes import Recipe
 from stages import train
 from stages.catalogue import STAGES
 from stages.contract import InputRef, Stage
-from stages.evaluate import EvaluateConfig, reference_statistics
+from stages.evaluate import EvaluateConfig
 from stages.generate import GenerateConfig
 from stages.prompts import listed_prompts
 from stages.report import BASELINE, ReportConfig
 from stages.shard import ShardStageConfig
 from training.encoders import weights_digest
+from training.metrics.references import inception_statistics
 from training.systems.system import TrainConfig
 
 
@@ -187,7 +188,7 @@ def _refuse_misfits(recipe: Recipe) -> None:
             raise UserError(
                 "evaluate.reference holds Inception's statistics of real images: give evaluate.inception too"
             )
-        reference_statistics(recipe.evaluate.reference, weights)
+        inception_statistics(recipe.evaluate.reference, weights)
     if not recipe.evaluate.protocol:
         return
     name, protocol = recipe.evaluate.protocol, PROTOCOLS[recipe.evaluate.protocol]

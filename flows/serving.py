@@ -23,6 +23,8 @@ END_SECONDS = 90.0
 """How long runs get to end, and then a worker, before they are killed."""
 IDLE_END_SECONDS = 5.0
 """How long a worker or a server that runs nothing gets, before it is asked again."""
+LAST_SECONDS = 10.0
+"""How long it gets after it was asked for the last time."""
 
 
 def serve(
@@ -118,7 +120,7 @@ def _cancel_runs(pool: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Asks, again and again where it runs nothing, and after `patience` kills the whole session.
+    """Asks, again and again where it runs nothing, a last time after `patience`, and then kills the whole session.
 
     A worker that has lost its server, or has run something before, may not hear the first request.
     """
@@ -129,6 +131,10 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
             asked = now
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what it left behind, such as a run that heard nothing
     process.wait()

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from data import columns, storage
 from data.checksums import checksum_of
 from data.config import Config, listed
-from data.errors import StageFailed, UserError
+from data.errors import StageFailed
 from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record
 from data.sources import Prompt
@@ -28,12 +28,12 @@ from stages.fanout import ShardTask, map_shards
 from stages.measured_under import Against, Looked, clip_of, protocol_of
 from stages.measuring import GENERATED, ORIGINAL, PARTS, RECONSTRUCTED, REFERENCE, Measuring
 from stages.prompts import read_prompts
-from training.metrics import comparison, extractors, inception, scores
+from training.metrics import comparison, extractors, scores
 from training.metrics.catalogue import METRICS, Metric, Sample, few
 from training.metrics.frechet import Gaussian
 from training.metrics.intervals import Deletions, Estimate
 from training.metrics.prompt_accuracy import prompt_accuracy
-from training.metrics.references import read_reference, require_match
+from training.metrics.references import inception_statistics
 from training.systems.embeddings import spread_indices
 
 log = logging.getLogger("darkroom.evaluate")
@@ -147,26 +147,6 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
 
 
-def reference_statistics(path: str, weights: str | None = None) -> Gaussian:
-    """Statistics of real images' Inception features from a file that `training.metrics.references` reads.
-
-    Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width; where
-    it tells by what, also by another resize rule, or by other weights than those in the file `weights`.
-    """
-    found = read_reference(path, "inception")
-    digest = extractors.digest_of("inception", weights) if weights and found.digest else ""
-    require_match(found, name="inception", digest=digest, resize=extractors.RESIZE["inception"])
-    gaussian = found.gaussian
-    if gaussian is None:
-        raise UserError(f"evaluate.reference={path} holds pictures: give statistics of Inception features")
-    if len(gaussian.mean) != inception.WIDTH:
-        raise UserError(
-            f"evaluate.reference={path} has features of width {len(gaussian.mean)}, and Inception's are {inception.WIDTH}: it "
-            "is of another extractor"
-        )
-    return gaussian
-
-
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:
     payloads: list[tuple[dict[str, Any], int]] = [
         ({"kind": GENERATED, "block": shard.index}, shard.samples) for shard in inputs["generate"].shards
@@ -271,7 +251,7 @@ def _sample(
     if any(METRICS[n].needs == "nothing" and METRICS[n].extractor == name for n in config.chosen):
         head = extractors.load(name, path, is_custom=custom).head
     if name not in _looking_at_real(config):
-        reference = reference_statistics(config.reference, config.inception) if config.reference else None
+        reference = inception_statistics(config.reference, config.inception) if config.reference else None
         if config.reference and reference:
             against = {"reference": checksum_of(config.reference).sha256, "reference_n": reference.n or 0}
         return Sample(fake, reference, head=head, accumulate=accumulate_on_cluster), looked, against

@@ -49,8 +49,8 @@ def train(
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the last state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
-    `report` is given every row of the curve with its times, and `keep` called before a checkpoint holds them; `key_of` names samples in messages, `held_out` is what the
-    averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
+    `report` is given every row of the curve with its times, and `keep` called before a checkpoint holds them. `key_of` names
+    samples in messages, `held_out` is what the averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
     `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
     `stopped`, asked then too, tells that somebody wants it to end: a checkpoint is saved, and the state is short of the end.

@@ -107,6 +107,16 @@ def resumed(deployment: str, root: Path, done: dict[str, int]) -> None:
     assert made.ledger.written == made.ledger.attempted == PICTURES
 
 
+def killed_and_resumed(home: Path, server: str, deployment: str, root: Path) -> None:
+    """A run whose process is killed in the middle is crashed, and the next one goes on."""
+    with serving.worker(home, server, "darkroom") as worker:
+        run = start(deployment)
+        done = begun(root)
+        os.kill(process_of(worker.pid), signal.SIGKILL)
+        assert ended(run).name == "Crashed"
+        resumed(deployment, root, done)
+
+
 def test_a_run_cancelled_from_the_api_ends_and_the_next_one_resumes(server, home, deployment, tmp_path):
     root = tmp_path / "runs"
     with serving.worker(home, server, "darkroom") as worker:
@@ -146,14 +156,7 @@ def test_stages_of_a_flow_are_jobs_of_a_cluster_and_a_cancelled_one_stops_after_
 def test_a_flow_that_is_killed_leaves_its_job_which_the_next_run_goes_on_with(
     server, home, pictures, jobs, tmp_path
 ):
-    root = tmp_path / "runs"
-    deployment = deployed(pictures, tmp_path, address=jobs.http)
-    with serving.worker(home, server, "darkroom") as worker:
-        run = start(deployment)
-        done = begun(root)
-        os.kill(process_of(worker.pid), signal.SIGKILL)
-        assert ended(run).name == "Crashed"
-        resumed(deployment, root, done)
+    killed_and_resumed(home, server, deployed(pictures, tmp_path, address=jobs.http), tmp_path / "runs")
     (job,) = jobs.jobs().values()
     assert job["status"] == "SUCCEEDED"
 
@@ -161,13 +164,7 @@ def test_a_flow_that_is_killed_leaves_its_job_which_the_next_run_goes_on_with(
 def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_resumes(
     server, home, deployment, tmp_path
 ):
-    root = tmp_path / "runs"
-    with serving.worker(home, server, "darkroom") as worker:
-        run = start(deployment)
-        done = begun(root)
-        os.kill(process_of(worker.pid), signal.SIGKILL)
-        assert ended(run).name == "Crashed"
-        resumed(deployment, root, done)
+    killed_and_resumed(home, server, deployment, tmp_path / "runs")
 
 
 def test_a_run_that_lost_its_process_and_its_worker_is_crashed_by_the_automation(

@@ -171,6 +171,15 @@ def test_status_tells_how_far_a_training_is_and_when_it_last_changed(root, capsy
     assert re.search(r"step 1,200, changed \d+ s ago", capsys.readouterr().out)
 
 
+def test_the_rows_of_a_store_are_accounted_for_stage_by_stage(root, monkeypatch, capsys):
+    rows = runs.ledgers(untrained.plan_of(root))
+    told = {"stage": "shard", "attempted": 60, "written": 60, "filtered": {}, "failed": {}}
+    assert [row for row in rows if row["stage"] == "shard"] == [told]
+    monkeypatch.setattr(console.out, "width", 160)
+    console.out.print(console.ledger_table([told | {"written": 57, "failed": {"truncated": 2, "html": 1}}]))
+    assert re.search(r"shard +60 +57 +0 +2 truncated, 1 html", capsys.readouterr().out)
+
+
 def test_a_run_notes_its_start_and_takes_the_note_back(root, monkeypatch):
     plan = untrained.plan_of(root, evaluate__guidance_scale=3.0)
     names_of_plan = [stage.name for stage in plan.stages]

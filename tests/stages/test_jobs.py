@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import jobs
-from stages.contract import STOP_SECONDS, STOPPING_SECONDS, JobsConfig, StageSpec
+from stages.contract import STOP_SECONDS, STOPPING_SECONDS, JobsConfig, StageSpec, stopping_seconds
 
 
 def test_only_addresses_of_the_web_are_job_servers():
@@ -48,6 +48,13 @@ def test_a_token_is_in_nothing_that_is_submitted(tmp_path, monkeypatch):
 def test_a_job_is_given_more_time_to_stop_than_its_stage_takes():
     wait = jobs.request("a", ["b"], JobsConfig())["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
     assert int(wait) == STOP_SECONDS >= STOPPING_SECONDS + 10
+
+
+def test_what_stops_a_run_after_another_time_may_say_so(monkeypatch):
+    monkeypatch.delenv("DARKROOM_STOPPING_SECONDS", raising=False)
+    assert stopping_seconds() == STOPPING_SECONDS
+    monkeypatch.setenv("DARKROOM_STOPPING_SECONDS", "25")
+    assert stopping_seconds() == 25
 
 
 @pytest.mark.parametrize(("folder", "sent"), [(None, False), ("/code", True)])

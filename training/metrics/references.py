@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
+from training.metrics import extractors, inception
 from training.metrics.extractors import Extractor
 from training.metrics.frechet import Gaussian
 
@@ -95,6 +96,26 @@ def require_match(reference: Reference, *, name: str, digest: str, resize: str) 
                 f"{reference.path} holds statistics of {told} {theirs[:60]} and the generated pictures would be looked at by "
                 f"{mine[:60]}: give the same extractor for both"
             )
+
+
+def inception_statistics(path: str, weights: str | None = None) -> Gaussian:
+    """Statistics of real images' Inception features from a file.
+
+    Raises UserError when the file is missing, holds no such statistics, or was made by an extractor of another width; where
+    it tells by what, also by another resize rule, or by other weights than those in the file `weights`.
+    """
+    found = read_reference(path, "inception")
+    digest = extractors.digest_of("inception", weights) if weights and found.digest else ""
+    require_match(found, name="inception", digest=digest, resize=extractors.RESIZE["inception"])
+    gaussian = found.gaussian
+    if gaussian is None:
+        raise UserError(f"evaluate.reference={path} holds pictures: give statistics of Inception features")
+    if len(gaussian.mean) != inception.WIDTH:
+        raise UserError(
+            f"evaluate.reference={path} has features of width {len(gaussian.mean)}, and Inception's are {inception.WIDTH}: it "
+            "is of another extractor"
+        )
+    return gaussian
 
 
 def write_reference(path: str | Path, extractor: Extractor, features: np.ndarray, source: str) -> Path:

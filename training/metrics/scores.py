@@ -71,8 +71,8 @@ def distribution_score(name: str, sample: Sample) -> Scored:
     metric = METRICS[name]
     found = metric.compute(sample)
     meaning = f"{metric.meaning}; {found.note}" if found.note else metric.meaning
-    score = _score(name, found.value, *found.interval, len(sample.fake), metric.better, meaning)
-    return Score.model_validate(score.model_dump() | {"facts": dict(found.facts)}), found.deletions
+    n, facts = len(sample.fake), dict(found.facts)
+    return _score(name, found.value, *found.interval, n, metric.better, meaning, facts), found.deletions
 
 
 def reconstruction_scores(originals: np.ndarray, reconstructed: np.ndarray) -> list[Scored]:
@@ -113,11 +113,8 @@ def prior_cosines(predicted: np.ndarray, image: np.ndarray, text: np.ndarray) ->
     found = {
         name: _mean(name, cosines[name], f"cosine of {meaning}") for name, (*_, meaning) in pairs.items()
     }
-    gap, meaning = (
-        cosines["to_text"] - cosines["text_baseline"],
-        "to_text less text_baseline; near 0 is right",
-    )
-    found["difference_from_baseline"] = _mean("difference_from_baseline", gap, meaning, better="lower")
+    name, gap = "difference_from_baseline", cosines["to_text"] - cosines["text_baseline"]
+    found[name] = _mean(name, gap, "to_text less text_baseline; near 0 is right", better="lower")
     return found
 
 
@@ -130,6 +127,14 @@ def _mean(
 
 
 def _score(
-    name: str, value: float, low: float, high: float, n: int, better: Literal["higher", "lower"], meaning: str
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    n: int,
+    better: Literal["higher", "lower"],
+    meaning: str,
+    facts: dict[str, float | str] | None = None,
 ) -> Score:
-    return Score(name=name, value=value, low=low, high=high, n=n, better=better, meaning=meaning)
+    told = facts or {}
+    return Score(name=name, value=value, low=low, high=high, n=n, better=better, meaning=meaning, facts=told)
