@@ -141,5 +141,19 @@ COLUMNS: dict[str, Column] = {
             shape=(None,),
             meaning="class token (D,) of DINOv2 after its last norm",
         ),
+        Column(
+            name="clip",
+            kind="array",
+            dtype="<f4",
+            shape=(None,),
+            meaning="image embedding (D,) of a CLIP that looks in place of the run's own, L2-normalised",
+        ),
+        Column(
+            name="clip_text",
+            kind="array",
+            dtype="<f4",
+            shape=(None,),
+            meaning="that CLIP's embedding (D,) of the row's caption, L2-normalised",
+        ),
     )
 }

@@ -121,7 +121,20 @@ def _evaluation_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME[:custom]=PATH",
-        help="inception=FILE.pth, clip=FOLDER, dinov2=FOLDER; inception:custom= for other weights; repeatable",
+        help="inception=FILE.pth, clip=FOLDER, dinov2=FOLDER; inception:custom= for other weights; to download them inception=hub, "
+        "clip=hub:OWNER/NAME, dinov2=hub; repeatable",
+    )
+    score.add_argument(
+        "--features",
+        metavar="DIR",
+        help="keep what the extractors saw: a call that was stopped goes on, and further metrics need no further look",
+    )
+    score.add_argument(
+        "--images-per-prompt",
+        type=int,
+        default=1,
+        metavar="K",
+        help="pictures of --fake that follow each other by name and share a prompt; intervals keep them together",
     )
     score.add_argument("--save-real", metavar="NPZ", help="keep what --real gave, for --real NPZ next time")
     score.add_argument("--json", action="store_true", help="one JSON line on stdout")
@@ -140,7 +153,12 @@ def _evaluation_commands(commands: Any) -> None:
     compare = _command(
         commands, "compare", "hold runs against the first, metric by metric, under one protocol"
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="runs under the root, or latest; two or more")
+    compare.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="runs under the root, or latest, or files of `score --json`; two or more",
+    )
     compare.add_argument(
         "--vary",
         action="append",

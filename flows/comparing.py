@@ -50,7 +50,10 @@ def side_by_side(
 
 
 def measured_of(root: str, name: str) -> dict[str, Measured]:
-    """The scores of run `name` with their protocols; UserError when it has none, or older ones without a protocol."""
+    """The scores of run `name`, or of the file NAME.json that `darkroom score --json` printed, with their protocols; UserError
+    when it has none, or older ones without a protocol."""
+    if name.endswith(".json"):
+        return _scored(name)
     record = runs.find(root, name)
     folder = record.get("folders", {}).get("evaluate")
     path = folder and storage.join(under(root, folder), SCORES)
@@ -62,6 +65,18 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
     if any("protocol" not in row for row in rows):
         raise UserError(f"run {record['run']} was evaluated without protocols: run its recipe again")
     return measured_in(folder)
+
+
+def _scored(path: str) -> dict[str, Measured]:
+    try:
+        rows = json.loads(storage.read_bytes(path))["scores"]
+        for row in rows:
+            row["protocol"].pop("digest", None)
+        return {row["name"]: Measured.model_validate(row) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what `darkroom score --json` prints ({error}): redirect its output to a file"
+        ) from error
 
 
 def measured_in(folder: str) -> dict[str, Measured]:

@@ -24,6 +24,7 @@ from stages.prompts import listed_prompts
 from stages.report import BASELINE, ReportConfig
 from stages.shard import ShardStageConfig
 from training.encoders import weights_digest
+from training.metrics.extractors import place_of
 from training.metrics.references import inception_statistics
 from training.systems.system import TrainConfig
 
@@ -165,7 +166,7 @@ def _refuse_misfits(recipe: Recipe) -> None:
             f"t5.pretrained={recipe.t5.pretrained}: no part of {recipe.name} reads T5's states; leave it out, or make them "
             "by `darkroom prepare`"
         )
-    clip, vae, shard, weights = recipe.clip, recipe.vae, recipe.shard, recipe.evaluate.inception
+    clip, vae, shard = recipe.clip, recipe.vae, recipe.shard
     factor = 2 ** (len(vae.block_out_channels) - 1)
     is_square = shard.resize in ("center_crop", "border")
     if not vae.pretrained and (not is_square or shard.image_size % factor):
@@ -178,17 +179,23 @@ def _refuse_misfits(recipe: Recipe) -> None:
         raise UserError(
             f"clip.text_width={clip.text_width} and clip.embed_dim={clip.embed_dim}: the prior needs them equal; set both"
         )
-    if weights and not Path(weights).is_file():
-        raise UserError(
-            f"evaluate.inception={weights} does not exist: give the file of Inception's weights, or null"
-        )
+    _refuse_unmeasurable(recipe)
 
+
+def _refuse_unmeasurable(recipe: Recipe) -> None:
+    """Raises UserError where an evaluation would find its weights, its statistics or what its protocol needs missing."""
+    shard, weights = recipe.shard, recipe.evaluate.weights
+    for kind, (place, _) in weights.items():
+        try:
+            place_of(kind, place)
+        except UserError as error:
+            raise UserError(f"evaluate.{kind}={place}: {error}, or null for none of its metrics") from error
     if recipe.evaluate.reference:
-        if not weights:
+        if "inception" not in weights:
             raise UserError(
                 "evaluate.reference holds Inception's statistics of real images: give evaluate.inception too"
             )
-        inception_statistics(recipe.evaluate.reference, weights)
+        inception_statistics(recipe.evaluate.reference, weights["inception"][0])
     if not recipe.evaluate.protocol:
         return
     name, protocol = recipe.evaluate.protocol, PROTOCOLS[recipe.evaluate.protocol]

@@ -16,7 +16,7 @@ from data.errors import UserError
 from training.metrics import references
 from training.metrics.catalogue import METRICS, Sample, few
 from training.metrics.extraction import extract, extract_arrays, picture_files
-from training.metrics.extractors import WEIGHTS, Extractor, load, parse, weights_of
+from training.metrics.extractors import HUB, WEIGHTS, Extractor, load, parse, weights_of
 from training.metrics.frechet import Gaussian
 from training.metrics.protocol import Protocol
 
@@ -32,20 +32,37 @@ class Side:
     """SHA-256 over the pictures' bytes in order, or of the statistics file."""
     n: int | None
     features: dict[str, np.ndarray]
+    """extractor -> (N, D)"""
     gaussians: dict[str, Gaussian]
     sizes: frozenset[tuple[int, int]] = frozenset()
+    prompts: str = ""
+    """SHA-256 of the captions in order, where every picture has one."""
 
 
 def score(
-    real: str, fake: str, wanted: Sequence[str], specs: Sequence[str], save_real: str | None, report: Report
+    real: str,
+    fake: str,
+    wanted: Sequence[str],
+    specs: Sequence[str],
+    report: Report,
+    *,
+    save_real: str | None = None,
+    features: str | None = None,
+    images_per_prompt: int = 1,
 ) -> dict[str, Any]:
-    """{"real", "fake", "scores": [{name, value, low, high, n, better, meaning, protocol}], "warnings": [sentence]}.
+    """{"real", "fake", "scores": [{name, value, low, high, n, better, meaning, protocol, deletions}], "warnings": [sentence]}.
 
-    `wanted` metrics, or all that the extractors allow; `specs` as `--extractor` has them. Raises UserError for what the user
-    has to mend: folders without pictures, missing weights, statistics of another extractor, features that are not finite.
+    `wanted` metrics, or all that the extractors allow; `specs` as `--extractor` has them. `features`: a folder that keeps what
+    was extracted, for a call that goes on after a stop or asks for other metrics. `images_per_prompt`: pictures of `fake` that
+    follow each other and share a prompt. Raises UserError for what the user has to mend: folders without pictures, missing
+    weights, statistics of another extractor, features that are not finite.
     """
     given = parse(specs)
     files = picture_files(_folder(fake, "--fake"))
+    if images_per_prompt < 1 or len(files) % images_per_prompt:
+        raise UserError(
+            f"--images-per-prompt {images_per_prompt}: {fake} has {len(files)} pictures, which are no whole number of prompts"
+        )
     captions = _captions(files)
     names = _chosen(wanted, given, has_captions=captions is not None)
     extractors = _loaded(names, given)
@@ -53,15 +70,17 @@ def score(
         raise UserError("--save-real keeps the features of one extractor: choose metrics of a single one")
     warnings: list[str] = []
     with tempfile.TemporaryDirectory(prefix="darkroom-score-") as scratch:
-        reference = _reference(real, extractors, Path(scratch), report)
+        place = Path(features or scratch)
+        reference = _reference(real, extractors, place, report)
         if save_real and extractors[0].name not in reference.features:
             raise UserError(
                 f"--save-real: {real} has a mean and a covariance alone, which are saved already: give the folder of pictures"
             )
         names = _possible(names, reference, real, bool(wanted), warnings)
-        (Path(scratch) / "fake").mkdir()
-        seen = extract(files, extractors, Path(scratch) / "fake", lambda *n: report("fake", *n))
-        generated = Side(_digest(files), len(files), seen.features, {}, seen.sizes)
+        digest = _digest(files)
+        seen = extract(files, extractors, _kept(place, digest), lambda *n: report("fake", *n))
+        prompts = hashlib.sha256("\n".join(captions).encode()).hexdigest() if captions else ""
+        generated = Side(digest, len(files), seen.features, {}, seen.sizes, prompts)
         for where, side in ((real, reference), (fake, generated)):
             warnings += _mixed_sizes(where, side)
         if save_real:
@@ -71,7 +90,7 @@ def score(
         for extractor in extractors:
             mine = [name for name in names if METRICS[name].extractor == extractor.name]
             texts = extractor.text(captions) if captions and extractor.text else None
-            sample = _sample(extractor, reference, generated, texts)
+            sample = _sample(extractor, reference, generated, texts, images_per_prompt)
             warnings += filter(None, [few(sample, extractor.name)])
             scores += [_score(name, sample, extractor, reference, generated) for name in mine]
     return {"real": real, "fake": fake, "scores": scores, "warnings": list(dict.fromkeys(warnings))}
@@ -88,7 +107,7 @@ def _chosen(wanted: Sequence[str], given: dict[str, tuple[str, bool]], *, has_ca
         if missing:
             lacking = "; ".join(f"--extractor {name}=PATH, {WEIGHTS[name]}" for name in sorted(missing))
             raise UserError(
-                f"--metrics {','.join(wanted)}: weights are missing, and none are downloaded: {lacking}"
+                f"--metrics {','.join(wanted)}: weights are missing, and none are downloaded unasked: {lacking}"
             )
         if not has_captions and (texts := [n for n in wanted if METRICS[n].needs == "text"]):
             raise UserError(
@@ -97,10 +116,12 @@ def _chosen(wanted: Sequence[str], given: dict[str, tuple[str, bool]], *, has_ca
         return list(dict.fromkeys(wanted))
     if not given:
         lines = [
-            f"--extractor {name}=PATH ({what}) gives {_names_of(name)}" for name, what in WEIGHTS.items()
+            f"--extractor {name}=PATH ({what}) or {name}={HUB[name]} (a download) gives {_names_of(name)}"
+            for name, what in WEIGHTS.items()
         ]
         raise UserError(
-            "nothing to look at the pictures with, and no weights are downloaded:\n  " + "\n  ".join(lines)
+            "nothing to look at the pictures with, and no weights are downloaded unasked:\n  "
+            + "\n  ".join(lines)
         )
     allowed = [name for name, metric in METRICS.items() if metric.by_default and _weights_of(name) in given]
     return [name for name in allowed if has_captions or METRICS[name].needs != "text"]
@@ -120,12 +141,22 @@ def _loaded(names: Sequence[str], given: dict[str, tuple[str, bool]]) -> list[Ex
     return [load(name, path, is_custom=is_custom) for name, (path, is_custom) in places.items()]
 
 
-def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report: Report) -> Side:
-    (scratch / "real").mkdir()
+def _kept(place: Path, digest: str) -> Path:
+    """The folder in `place` of the features of pictures with that digest."""
+    folder = place / digest[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--features {place} cannot be written ({error}): give another folder") from error
+    return folder
+
+
+def _reference(real: str, extractors: Sequence[Extractor], place: Path, report: Report) -> Side:
     if Path(real).is_dir():
         files = picture_files(real)
-        seen = extract(files, extractors, scratch / "real", lambda *n: report("real", *n))
-        return Side(_digest(files), len(files), seen.features, {}, seen.sizes)
+        digest = _digest(files)
+        seen = extract(files, extractors, _kept(place, digest), lambda *n: report("real", *n))
+        return Side(digest, len(files), seen.features, {}, seen.sizes)
     if not Path(real).is_file():
         raise UserError(
             f"--real {real} does not exist: give a folder of pictures or a statistics file (.npz)"
@@ -134,7 +165,8 @@ def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report
     for extractor in extractors:
         found = references.read_reference(real, extractor.name)
         if found.images is not None:
-            seen = extract_arrays(found.images, extractors, scratch / "real", lambda *n: report("real", *n))
+            folder = _kept(place, side.digest)
+            seen = extract_arrays(found.images, extractors, folder, lambda *n: report("real", *n))
             return replace(side, n=len(found.images), features=seen.features)
         references.require_match(found, name=extractor.name, digest=extractor.digest, resize=extractor.resize)
         if found.features is not None:
@@ -145,7 +177,9 @@ def _reference(real: str, extractors: Sequence[Extractor], scratch: Path, report
     return side
 
 
-def _sample(extractor: Extractor, reference: Side, generated: Side, text: np.ndarray | None) -> Sample:
+def _sample(
+    extractor: Extractor, reference: Side, generated: Side, text: np.ndarray | None, group: int
+) -> Sample:
     name = extractor.name
     real, fake = reference.features.get(name), generated.features[name]
     gaussian = reference.gaussians.get(name)
@@ -156,7 +190,7 @@ def _sample(extractor: Extractor, reference: Side, generated: Side, text: np.nda
             f"the statistics of --real have width {len(gaussian.mean)}, and {name} gives {fake.shape[1]}: "
             "they are of another extractor"
         )
-    return Sample(fake, gaussian, real, text, extractor.head)
+    return Sample(fake, gaussian, real, text, extractor.head, group=group)
 
 
 def _possible(
@@ -190,6 +224,8 @@ def _score(
         extractor_digest=extractor.digest,
         resize=extractor.resize,
         n=len(sample.fake),
+        prompts=generated.prompts,
+        images_per_prompt=sample.group,
         reference=reference.digest if uses_reference else "",
         reference_n=(reference.n or 0) if uses_reference else 0,
         weights={"images": generated.digest},
@@ -204,6 +240,7 @@ def _score(
         "meaning": f"{metric.meaning}; {found.note}" if found.note else metric.meaning,
         "facts": dict(found.facts),
         "protocol": protocol.model_dump(mode="json") | {"digest": protocol.digest},
+        "deletions": found.deletions.model_dump() if found.deletions else None,
     }
 
 

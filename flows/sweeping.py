@@ -21,7 +21,7 @@ from flows.plan import Plan, make_plan
 from flows.recipes import Recipe
 from stages.evaluate import SCORES
 from stages.report import page
-from training.metrics.tradeoff import Point, Sweep, curves
+from training.metrics.tradeoff import DISTANCES, FIT, Point, Sweep, curves
 from training.systems.unclip import Sampling
 
 MADE = ("generate", "evaluate")
@@ -144,7 +144,7 @@ def _draw(plan: Plan, folder: str) -> str | None:
 
 def rows_of(printed: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
     """Header and rows of a table: one row per point, its distances and CLIP score, and what each point is."""
-    names = [name for name in ("fd_clip", "fid", "clip_score") if name in printed["points"][0]["scores"]]
+    names = [name for name in (*DISTANCES, FIT) if name in printed["points"][0]["scores"]]
     rows = []
     for point in printed["points"]:
         marks = ["the run's own"] if point["own"] else []

@@ -20,19 +20,26 @@ from data.config import Config, listed
 from data.errors import StageFailed
 from data.loader import ColumnSet
 from data.manifest import ShardRecord, Snapshot, file_record
-from data.sources import Prompt
 from stages.accumulating import accumulate_on_cluster
 from stages.borrowing import borrow
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.fanout import ShardTask, map_shards
 from stages.measured_under import Against, Looked, clip_of, protocol_of
-from stages.measuring import GENERATED, ORIGINAL, PARTS, RECONSTRUCTED, REFERENCE, Measuring
+from stages.measuring import (
+    CLIP_TEXT,
+    GENERATED,
+    ORIGINAL,
+    PARTS,
+    RECONSTRUCTED,
+    REFERENCE,
+    Measuring,
+    Weights,
+)
 from stages.prompts import read_prompts
 from training.metrics import comparison, extractors, scores
 from training.metrics.catalogue import METRICS, Metric, Sample, few
 from training.metrics.frechet import Gaussian
-from training.metrics.intervals import Deletions, Estimate
-from training.metrics.prompt_accuracy import prompt_accuracy
+from training.metrics.intervals import Deletions
 from training.metrics.references import inception_statistics
 from training.systems.embeddings import spread_indices
 
@@ -51,13 +58,20 @@ class EvaluateConfig(Config):
         + ", ".join(name for name, metric in METRICS.items() if not metric.by_default),
     )
     inception: str | None = Field(
-        None, description="path of FID's Inception weights (pt_inception-2015-12-05); None: no FID"
+        None,
+        description="path of FID's Inception weights (pt_inception-2015-12-05), or hub to download them; None: no FID",
     )
     inception_is_custom: bool = Field(
         False, description="take other weights of that network than the published ones: another protocol"
     )
     dinov2: str | None = Field(
-        None, description="folder with the files of facebook/dinov2-large; None: no fd_dinov2"
+        None,
+        description="folder with the files of facebook/dinov2-large, or hub to download them; None: no fd_dinov2",
+    )
+    clip: str | None = Field(
+        None,
+        description="folder of a CLIP, or hub:OWNER/NAME, that looks and reads in place of the run's own: runs whose own CLIPs "
+        "differ are compared by such a one",
     )
     reference: str | None = Field(
         None,
@@ -90,7 +104,11 @@ class EvaluateConfig(Config):
     @property
     def weights(self) -> dict[str, tuple[str, bool]]:
         """What `training.metrics.extractors.load` takes, by kind of weights."""
-        given = {"inception": (self.inception, self.inception_is_custom), "dinov2": (self.dinov2, False)}
+        given = {
+            "inception": (self.inception, self.inception_is_custom),
+            "dinov2": (self.dinov2, False),
+            "clip": (self.clip, False),
+        }
         return {kind: (path, custom) for kind, (path, custom) in given.items() if path}
 
     @property
@@ -108,9 +126,8 @@ class EvaluateConfig(Config):
     @property
     def extractors(self) -> tuple[str, ...]:
         """Extractors beside the run's own CLIP."""
-        return tuple(
-            dict.fromkeys(METRICS[n].extractor for n in self.chosen if METRICS[n].extractor != "clip")
-        )
+        chosen = dict.fromkeys(METRICS[name].extractor for name in self.chosen)
+        return tuple(name for name in chosen if name != "clip" or self.clip)
 
     def _lacks_pictures(self, metric: Metric) -> bool:
         kind = extractors.weights_of(metric.extractor)
@@ -125,9 +142,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     started = time.monotonic()
     parents = {role: snapshot.digest for role, snapshot in inputs.items()}
     tasks = _tasks(config, inputs, parents)
-    weights = {name: config.weights[extractors.weights_of(name)] for name in config.extractors}
+    weights = _weights(config)
     arguments = {"inputs": [(r, s.model_dump(), s.folder) for r, s in inputs.items()], "weights": weights}
-    against = _real_pictures(config, tasks)
+    against = _real_pictures(config, tasks, weights)
     real = [task for task in tasks if task.payload["kind"] == REFERENCE]
     borrowed = borrow(real, workspace.folder, version=STAGE.version, facts=against, inputs=inputs)
     log.debug("%d of %d blocks of real pictures were looked at before", borrowed, len(real))
@@ -136,7 +153,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     for task, record in zip(tasks, records, strict=True):
         by_kind.setdefault(task.payload["kind"], []).append(record)
     try:
-        measured = _measure(config, inputs, workspace.folder, by_kind)
+        measured = _measure(config, inputs, workspace.folder, by_kind, weights)
     except ValueError as error:  # a metric refuses what it was given, such as features that hold NaN
         raise StageFailed(f"no scores: {error}") from error
     for sentence in measured["warnings"]:
@@ -145,6 +162,15 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
     facts = {"scores": {s["name"]: s["value"] for s in measured["scores"]}, "reference": against}
     files = (file_record(workspace.folder, SCORES),)
     return commit(STAGE, config, inputs, workspace, started=started, shards=records, files=files, facts=facts)
+
+
+def _weights(config: EvaluateConfig) -> Weights:
+    """Where each extractor's weights are, downloaded once here, and whether they are custom."""
+    places = {name: config.weights[extractors.weights_of(name)] for name in config.extractors}
+    return {
+        name: (extractors.secured(extractors.place_of(extractors.weights_of(name), path)), custom)
+        for name, (path, custom) in places.items()
+    }
 
 
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:
@@ -163,11 +189,12 @@ def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> l
     return [ShardTask(index, payload, parents, weight) for index, (payload, weight) in enumerate(payloads)]
 
 
-def _real_pictures(config: EvaluateConfig, tasks: Sequence[ShardTask]) -> dict[str, Any]:
+def _real_pictures(config: EvaluateConfig, tasks: Sequence[ShardTask], weights: Weights) -> dict[str, Any]:
     """What the features of the training images depend on besides the images, and under which indices they are kept."""
-    looking = {name: config.weights[extractors.weights_of(name)][0] for name in _looking_at_real(config)}
     return {
-        "extractors": {name: extractors.digest_of(name, path) for name, path in looking.items()},
+        "extractors": {
+            name: extractors.digest_of(name, weights[name][0]) for name in _looking_at_real(config)
+        },
         "rows": config.reference_images,
         "block": BLOCK,
         "first": next((task.index for task in tasks if task.payload["kind"] == REFERENCE), None),
@@ -181,21 +208,19 @@ def _looking_at_real(config: EvaluateConfig) -> list[str]:
 
 
 def _measure(
-    config: EvaluateConfig, inputs: Inputs, folder: str, measured: Mapping[str, Sequence[ShardRecord]]
+    config: EvaluateConfig,
+    inputs: Inputs,
+    folder: str,
+    measured: Mapping[str, Sequence[ShardRecord]],
+    weights: Weights,
 ) -> dict[str, Any]:
     """Every metric, from stored features: what `scores.json` holds."""
-    prompts = read_prompts(inputs["generate"].folder)
-    truths = [prompt.truth for prompt in prompts]
-    images = _judged(inputs["generate"], truths)
-    correct = _correct(images, prompts)
-    found: list[scores.Scored] = [
-        (score, _accuracy_deletions(score.name, correct, prompts))
-        for score in scores.accuracy_scores(images, truths, [prompt.heldout for prompt in prompts])
-    ]
+    judged = _judged(inputs["generate"])
+    found = list(judged.scores)
     warnings: list[str] = []
     looked, against = {"clip": clip_of(inputs)}, {"parts": _training_images(inputs)}
-    for name in ("clip", *config.extractors):
-        sample, looked[name], against[name] = _sample(name, config, inputs, folder, measured)
+    for name in dict.fromkeys(("clip", *config.extractors)):
+        sample, looked[name], against[name] = _sample(name, config, inputs, folder, measured, weights)
         warnings += filter(None, [few(sample, name)])
         mine = [metric for metric in config.chosen if METRICS[metric].extractor == name]
         found += [scores.distribution_score(metric, sample) for metric in mine]
@@ -207,17 +232,28 @@ def _measure(
             for score, deletions in found
         ],
         "prior": [score.model_dump() for score, _ in cosines],
-        "attributes": _attributes(images, prompts),
-        "correct": correct,
+        "attributes": {
+            attribute: {label: share.model_dump() for label, share in shares.items()}
+            for attribute, shares in judged.attributes.items()
+        },
+        "correct": judged.correct,
         "warnings": warnings,
     }
 
 
-def _judged(generated: Snapshot, truths: Sequence[object]) -> np.ndarray:
-    """The generated pictures (N, H, W, 3) uint8 where any prompt has a truth, which demos have; else none: they may be many."""
-    if all(truth is None for truth in truths):
-        return np.empty((0, 0, 0, 3), np.uint8)
-    return _stored(generated.folder, "generated", generated.shards)
+def _judged(generated: Snapshot) -> scores.Judged:
+    """What is right in the generated pictures; they may be many, and are read only where a prompt has a truth, as demos' do."""
+    prompts = read_prompts(generated.folder)
+    truths = [prompt.truth for prompt in prompts]
+    images = np.empty((0, 0, 0, 3), np.uint8)
+    if any(truth is not None for truth in truths):
+        images = _stored(generated.folder, "generated", generated.shards)
+    return scores.judged(images, truths, [prompt.heldout for prompt in prompts], group=_group(generated))
+
+
+def _group(generated: Snapshot) -> int:
+    """Consecutive pictures that share a prompt."""
+    return generated.config.get("images_per_prompt", 1)
 
 
 def _row(
@@ -233,30 +269,34 @@ def _sample(
     inputs: Inputs,
     folder: str,
     measured: Mapping[str, Sequence[ShardRecord]],
+    weights: Weights,
 ) -> tuple[Sample, dict[str, Any], dict[str, Any]]:
     """Features of one extractor, and the fields of a protocol that tell it and the real images."""
     rows = spread_indices(_count(inputs), config.reference_images)
     against = _training_images(inputs) | {"reference_n": len(rows)}
-    if name == "clip":
+    group = _group(inputs["generate"])
+    if name not in config.extractors:
         fake, text = (_stored(folder, column, measured[GENERATED]) for column in ("img_emb", "text_emb"))
         real = ColumnSet([inputs["data"], inputs["embed"]]).rows("img_emb", rows)
-        return _against_real(fake, real, text=text), clip_of(inputs), against
-    path, custom = config.weights[extractors.weights_of(name)]
+        return _against_real(fake, real, text=text, group=group), clip_of(inputs), against
+    path, custom = weights[name]
     looked = {
         "extractor": name,
         "extractor_digest": extractors.digest_of(name, path),
         "resize": extractors.RESIZE[name],
     }
     fake, head = _stored(folder, name, measured[GENERATED]), None
+    text = _stored(folder, CLIP_TEXT, measured[GENERATED]) if name == "clip" else None
     if any(METRICS[n].needs == "nothing" and METRICS[n].extractor == name for n in config.chosen):
         head = extractors.load(name, path, is_custom=custom).head
     if name not in _looking_at_real(config):
         reference = inception_statistics(config.reference, config.inception) if config.reference else None
         if config.reference and reference:
             against = {"reference": checksum_of(config.reference).sha256, "reference_n": reference.n or 0}
-        return Sample(fake, reference, head=head, accumulate=accumulate_on_cluster), looked, against
+        sample = Sample(fake, reference, text=text, head=head, accumulate=accumulate_on_cluster, group=group)
+        return sample, looked, against
     real = _stored(folder, name, measured[REFERENCE])
-    return _against_real(fake, real, head=head), looked, against
+    return _against_real(fake, real, text=text, head=head, group=group), looked, against
 
 
 def _against_real(fake: np.ndarray, real: np.ndarray, **more: Any) -> Sample:
@@ -280,38 +320,6 @@ def _parts(
     return list(cosines.values()), [*found, cosines["prior_cosine"]]
 
 
-def _accuracy_deletions(
-    name: str, correct: Sequence[bool | None], prompts: Sequence[Prompt]
-) -> Deletions | None:
-    heldout = name == "prompt_accuracy_heldout"
-    pairs = zip(correct, prompts, strict=True)
-    right = [float(c) for c, prompt in pairs if c is not None and prompt.heldout is heldout]
-    return Estimate.of_mean(np.array(right)).deletions if len(right) > 1 else None
-
-
-def _attributes(images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
-    """attribute -> {"seen": share, "held out": share}; empty where no prompt has a truth."""
-    table: dict[str, dict[str, float]] = {}
-    for label, wanted in (("seen", False), ("held out", True)):
-        rows = [i for i, p in enumerate(prompts) if p.truth is not None and p.heldout is wanted]
-        if rows:
-            found = prompt_accuracy(images[rows], [prompts[i].truth or {} for i in rows])
-            for attribute, share in found.by_attribute.items():
-                table.setdefault(attribute, {})[label] = share
-    return table
-
-
-def _correct(images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool | None]:
-    """Per image: every attribute right, or None where the prompt has no truth."""
-    rows = [i for i, p in enumerate(prompts) if p.truth is not None]
-    verdicts: list[bool | None] = [None] * len(prompts)
-    if rows:
-        correct = prompt_accuracy(images[rows], [prompts[i].truth or {} for i in rows]).correct
-        for row, right in zip(rows, correct.tolist(), strict=True):
-            verdicts[row] = right
-    return verdicts
-
-
 def _training_images(inputs: Inputs) -> dict[str, Any]:
     return {"reference": inputs["data"].digest, "reference_n": _count(inputs)}
 
@@ -327,7 +335,7 @@ def _stored(folder: str, name: str, records: Sequence[ShardRecord]) -> np.ndarra
 
 STAGE = Stage(
     name="evaluate",
-    version=5,
+    version=6,
     reads=lambda _: frozenset({"image", "caption", "img_emb", "text_emb", "generated"}),
     writes=lambda _: frozenset(),
     config=EvaluateConfig,

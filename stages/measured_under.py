@@ -7,6 +7,7 @@ from typing import Any
 from stages.contract import Inputs
 from stages.prompts import FILE
 from training.metrics.catalogue import METRICS
+from training.metrics.extractors import RESIZE
 from training.metrics.protocol import Protocol
 from training.metrics.scores import Score
 from training.systems.unclip import Sampling
@@ -19,7 +20,7 @@ Against = dict[str, dict[str, Any]]
 
 def clip_of(inputs: Inputs) -> dict[str, Any]:
     """How the run's own CLIP looks at a picture."""
-    return {"extractor": "clip", "extractor_digest": inputs["clip"].digest, "resize": "the encoder's own"}
+    return {"extractor": "clip", "extractor_digest": inputs["clip"].digest, "resize": RESIZE["clip"]}
 
 
 def protocol_of(score: Score, inputs: Inputs, looked: Looked, against: Against) -> Protocol:
@@ -29,7 +30,7 @@ def protocol_of(score: Score, inputs: Inputs, looked: Looked, against: Against) 
         "vae_ssim": {**against["parts"], **_weights("vae", inputs)},
         "vae_rfid": {**looked.get("inception", {}), **against["parts"], **_weights("vae", inputs)},
         "prior_cosine": {
-            **looked["clip"],
+            **clip_of(inputs),
             **against["parts"],
             **_weights("prior", inputs),
             "sampling": _sampling(inputs, "prior_"),

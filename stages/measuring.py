@@ -27,6 +27,8 @@ GENERATED, PARTS, REFERENCE = "generated", "parts", "reference"
 generated are compared with."""
 ORIGINAL, RECONSTRUCTED = "original_inception", "reconstructed_inception"
 """Columns of Inception's features of the pictures of `PARTS`."""
+CLIP_TEXT = "clip_text"
+"""Column of the captions of the generated pictures as a CLIP other than the run's own reads them."""
 
 Weights = Mapping[str, tuple[str, bool]]
 """Extractor -> (path of its weights, whether they are other than the published ones)."""
@@ -71,11 +73,12 @@ class Measuring:
         shards = self.inputs["generate"].shards
         start = sum(shard.samples for shard in shards if shard.index < payload["block"])
         texts = [p.text for p in self.prompts[start : start + len(images)]]
-        arrays = {
-            "img_emb": _numpy(extractors.clip_images(self.clip, extractors.pictures(list(images)))),
-            "text_emb": extractors.clip_texts(self.clip, texts),
-            **self._features(images),
-        }
+        arrays = self._features(images)
+        if "clip" in self.extractors:
+            arrays[CLIP_TEXT] = self._read(texts)
+        else:
+            arrays["img_emb"] = _numpy(extractors.clip_images(self.clip, extractors.pictures(list(images))))
+            arrays["text_emb"] = extractors.clip_texts(self.clip, texts)
         return [f"{start + i:09d}" for i in range(len(images))], arrays
 
     def _parts(self, payload: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -91,6 +94,11 @@ class Measuring:
             arrays[ORIGINAL] = self._features(images, "inception")["inception"]
             arrays[RECONSTRUCTED] = self._features(decoded, "inception")["inception"]
         return self.data.keys(rows), arrays
+
+    def _read(self, captions: list[str]) -> np.ndarray:
+        read = self.extractors["clip"].text
+        assert read is not None, "a CLIP reads"
+        return read(captions)
 
     def _reference(self, payload: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
         rows, names = payload["rows"], payload["extractors"]

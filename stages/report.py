@@ -39,6 +39,7 @@ from stages.report_page import (
     Reconstruction,
     ReportData,
     Score,
+    Share,
     StageRun,
     Variation,
     render,
@@ -72,7 +73,7 @@ LABELS = {
 }
 UNITS = {"prompt_accuracy": "%", "prompt_accuracy_heldout": "%", "vae_psnr": "dB"}
 HEADLINES = {"prompt_accuracy", "prompt_accuracy_heldout", "fd_clip", "clip_score", "fid"}
-PATHS = {"source": ("path",), "evaluate": ("prompts", "inception", "dinov2", "reference")}
+PATHS = {"source": ("path",), "evaluate": ("prompts", "inception", "dinov2", "clip", "reference")}
 """Section -> fields of the recipe that name a place."""
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "ray", "prefect")
 
@@ -255,18 +256,13 @@ def _score(row: dict[str, Any]) -> Score:
 
 
 def _accuracy(measured: dict[str, Any]) -> tuple[AttributeAccuracy, ...]:
-    counts = {score["name"]: score["n"] for score in measured["scores"]}
-    seen, heldout = counts.get("prompt_accuracy", 0), counts.get("prompt_accuracy_heldout", 0)
-    return tuple(
-        AttributeAccuracy(
-            attribute=attribute,
-            seen=shares.get("seen"),
-            heldout=shares.get("held out"),
-            seen_n=seen,
-            heldout_n=heldout,
+    found = []
+    for attribute, shares in measured["attributes"].items():
+        seen, heldout = (
+            Share(**shares[label]) if label in shares else None for label in ("seen", "held out")
         )
-        for attribute, shares in measured["attributes"].items()
-    )
+        found.append(AttributeAccuracy(attribute=attribute, seen=seen, heldout=heldout))
+    return tuple(found)
 
 
 def _diagnostic(row: dict[str, Any]) -> Diagnostic:

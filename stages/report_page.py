@@ -104,14 +104,22 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """A fraction in [0, 1] of `n` images, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttributeAccuracy:
     """The fraction of generated images in which one attribute is as the prompt says; None where nothing was asked."""
 
     attribute: str
-    seen: float | None
-    heldout: float | None
-    seen_n: int = 0
-    heldout_n: int = 0
+    seen: Share | None
+    heldout: Share | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,8 +20,10 @@ def score(arguments: argparse.Namespace) -> int:
             arguments.fake,
             wanted,
             arguments.extractor,
-            arguments.save_real,
             lambda side, done, total: bars.show(side, done, total, "pictures"),
+            save_real=arguments.save_real,
+            features=arguments.features,
+            images_per_prompt=arguments.images_per_prompt,
         )
     for warning in found["warnings"]:
         console.log.warning("%s", warning)

@@ -78,10 +78,10 @@ def main() -> None:
     for name in CONTENDERS:
         seconds = [each[name]["seconds"] for each in rounds]
         ratio = median(each[name]["seconds"] / each[ours]["seconds"] for each in rounds)
-        line = (
-            f"{name:<15} {median(seconds):7.1f} s   {ratio:.2f} of ours   FID {rounds[0][name]['fid']:.6f}\n"
+        first = rounds[0][name]
+        sys.stdout.write(
+            f"{name:<15} {median(seconds):7.1f} s   {ratio:.2f} of ours   FID {first['fid']:.6f}   {first['gib']:.2f} GiB\n"
         )
-        sys.stdout.write(line)
     if options.json:
         options.json.write_text(json.dumps(rounds, indent=1) + "\n")
 
@@ -119,24 +119,28 @@ def make_inputs(scratch: Path, images: int, side: int) -> list[str]:
 
 
 def timed(script: str, inputs: list[str], threads: int) -> dict[str, float]:
-    """Wall seconds of one process, and the FID that it found."""
+    """Wall seconds of one process, the most memory that it held in GiB, and the FID that it found."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(PEERS)]),
         "PYTHONWARNINGS": "ignore",
     }
-    started = time.perf_counter()
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *inputs], env=environment, capture_output=True, text=True
-    )
-    seconds = time.perf_counter() - started
-    if finished.returncode:
-        raise SystemExit(finished.stderr[-3000:])
-    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as complained:
+        line = [sys.executable, "-c", script, *inputs]
+        started = time.perf_counter()
+        process = subprocess.Popen(line, env=environment, stdout=printed, stderr=complained)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        complained.seek(0)
+        if process.returncode:
+            raise SystemExit(complained.read()[-3000:])
+        found = json.loads(printed.read().strip().splitlines()[-1])
     fid = found["scores"][0]["value"] if "scores" in found else next(
         value for name, value in found.items() if name in ("fid", "frechet_inception_distance")
     )  # fmt: skip
-    return {"seconds": seconds, "fid": float(fid)}
+    return {"seconds": seconds, "fid": float(fid), "gib": usage.ru_maxrss / 2**20}
 
 
 if __name__ == "__main__":

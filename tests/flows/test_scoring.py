@@ -166,6 +166,78 @@ def test_features_of_a_clip_do_not_depend_on_what_stands_beside_a_picture_or_cap
         np.testing.assert_array_equal(extractor.text(captions[start:end]), read[start:end])
 
 
+def test_scored_folders_are_held_against_each_other_pair_by_pair(folders, clip, tmp_path, capsys):
+    """Two systems: the difference has an interval of its own."""
+    other = draw(tmp_path / "other", 36, 2)
+    line = ["score", "--json", f"--real={folders[0]}", f"--extractor=clip={clip}", "--images-per-prompt=2"]
+    for name, fake in (("a", folders[1]), ("b", other)):
+        assert cli.main([*line, f"--fake={fake}"]) == 0
+        (tmp_path / f"{name}.json").write_text(capsys.readouterr().out)
+    assert cli.main(["compare", "--json", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["metrics"]}
+    assert rows.keys() == {"fd_clip", "cmmd"}
+    difference = rows["fd_clip"]["against_first"][str(tmp_path / "b.json")]
+    assert difference["low"] < difference["value"] < difference["high"]
+    told = json.loads((tmp_path / "a.json").read_text())["scores"][0]
+    assert told["protocol"]["images_per_prompt"] == 2 and len(told["deletions"]["sizes"]) == 16
+    assert all(size % 2 == 0 for size in told["deletions"]["sizes"])
+    (tmp_path / "torn.json").write_text('{"scores": [')
+    assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "torn.json")]) == 2
+    assert "is not what `darkroom score --json` prints" in capsys.readouterr().err
+
+
+def test_folders_of_other_captions_do_not_compare(tmp_path, clip, capsys):
+    real = draw(tmp_path / "real", 12, 0)
+    for name, word in (("a", "picture"), ("b", "painting")):
+        fake = draw(tmp_path / name, 12, 1, captions=True)
+        (fake / "0003.txt").write_text(f"a {word}")
+        assert (
+            cli.main(["score", "--json", f"--real={real}", f"--fake={fake}", f"--extractor=clip={clip}"]) == 0
+        )
+        (tmp_path / f"{name}.json").write_text(capsys.readouterr().out)
+    assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert "prompts" in capsys.readouterr().err
+
+
+def test_pictures_that_are_no_whole_number_of_prompts_are_refused(folders, clip, complaint):
+    line = ("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={clip}", "--images-per-prompt")
+    for given in (5, 0):
+        assert "has 36 pictures, which are no whole number of prompts" in complaint(*line, given)
+
+
+def test_kept_features_are_not_extracted_again(folders, clip, scores, tmp_path, monkeypatch, complaint):
+    line = (
+        "--real",
+        folders[0],
+        "--fake",
+        folders[1],
+        "--extractor",
+        f"clip={clip}",
+        "--features",
+        tmp_path / "kept",
+    )
+    first = scores(*line)
+
+    def no_look(*_: object) -> None:
+        raise AssertionError("a picture was looked at again")
+
+    monkeypatch.setattr(extractors, "clip_images", no_look)
+    assert scores(*line) == first
+    assert scores(*line, "--metrics=cmmd_biased")["cmmd_biased"]["value"] > 0
+    (tmp_path / "file").write_text("no folder")
+    assert "--features" in complaint(*line[:-1], tmp_path / "file")
+
+
+def test_pictures_in_a_file_of_guided_diffusion_are_the_real_ones(folders, clip, scores, tmp_path):
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folders[0].glob("*.png"))])
+    np.savez(tmp_path / "real.npz", arr_0=pixels)
+    line = ("--fake", folders[1], "--extractor", f"clip={clip}")
+    of_file, of_folder = scores("--real", tmp_path / "real.npz", *line), scores("--real", folders[0], *line)
+    for name in ("fd_clip", "cmmd"):
+        assert of_file[name]["value"] == of_folder[name]["value"]
+        assert of_file[name]["protocol"]["reference_n"] == 40
+
+
 @pytest.mark.slow
 def test_inception_from_a_file_gives_its_metrics_and_those_of_the_clean_resize(
     folders, inception_weights, scores, complaint

@@ -69,6 +69,23 @@ def test_a_sweep_makes_what_is_not_there_and_nothing_twice(root, made, capsys):
 
 
 @pytest.mark.slow
+def test_samplers_are_swept_by_name_with_a_front(root, made, capsys):
+    assert (
+        cli.main(["evaluate", "latest", f"--root={root}", "--json", "--sweep", "sampler=ddim,dpm_solver"])
+        == 0
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert made == ["generate", "evaluate"]
+    assert [(p["setting"], p["own"]) for p in printed["points"]] == [("ddim", False), ("dpm_solver", True)]
+    first, second = (point["scores"]["fd_clip"][0] for point in printed["points"])
+    assert first == pytest.approx(second, rel=1e-4), (
+        "in two steps, a first and a last one, DPM-Solver++ is DDIM"
+    )
+    assert printed["points"][0]["uri"] != printed["points"][1]["uri"]
+    assert {row for curve in printed["curves"] for row in curve["pareto"]} <= {"ddim", "dpm_solver"}
+
+
+@pytest.mark.slow
 def test_the_curve_is_data_and_a_picture_on_the_page(root, made, capsys):
     assert cli.main(["evaluate", "latest", f"--root={root}", "--sweep=num_inference_steps=1,2"]) == 0
     table = capsys.readouterr().out

@@ -23,6 +23,7 @@ from flows import runs
 from stages import evaluate, generate
 from stages.contract import FanoutConfig, Inputs, Workspace
 from stages.fanout import finished
+from training.metrics import extractors
 from training.metrics.frechet import Gaussian, frechet_distance
 from training.metrics.moments import accumulate_here
 from training.metrics.neighbours import neighbours
@@ -102,6 +103,40 @@ def test_inceptions_metrics_too_have_the_same_bits(untrained_run, inception_weig
     scores = json.loads((tmp_path / "alone/evaluate/scores.json").read_text())["scores"]
     named = {"fid", "kid", "precision", "recall", "density", "coverage", "inception_score", "vae_rfid"}
     assert named <= {score["name"] for score in scores}
+
+
+def test_a_clip_for_all_runs_looks_and_reads_in_place_of_the_runs_own(untrained_run, tmp_path, monkeypatch):
+    """Here it is the run's own once more, by its folder: the same cosines, under a protocol that other runs can share."""
+    root = untrained_run[0]
+    clip = next(stage.folder for stage in untrained.plan_of(root).stages if stage.name == "clip")
+    evaluated(root, tmp_path / "own", untrained.inline, monkeypatch)
+    evaluated(root, tmp_path / "common", untrained.inline, monkeypatch, evaluate__clip=clip)
+    own, common = (
+        {
+            row["name"]: row
+            for row in json.loads((tmp_path / name / "evaluate/scores.json").read_text())["scores"]
+        }
+        for name in ("own", "common")
+    )
+    for name in ("clip_score", "fd_clip", "cmmd"):
+        half = pytest.approx(
+            own[name]["value"], rel=1e-3
+        )  # the precision in which the run's own embeddings are stored
+        assert common[name]["value"] == half
+        assert common[name]["protocol"]["extractor_digest"] == extractors.digest_of("clip", clip)
+        assert own[name]["protocol"]["extractor_digest"] != common[name]["protocol"]["extractor_digest"]
+    assert common["prior_cosine"] == own["prior_cosine"]
+    assert len(list((tmp_path / "common/evaluate/clip_text").glob("*.npy"))) == 5
+    assert not (tmp_path / "common/evaluate/text_emb").exists()
+
+
+def test_pictures_of_one_prompt_share_a_block_of_every_interval(untrained_run, tmp_path, monkeypatch):
+    evaluated(untrained_run[0], tmp_path, untrained.inline, monkeypatch, evaluate__images_per_prompt=2)
+    rows = json.loads((tmp_path / "evaluate/scores.json").read_text())["scores"]
+    drawn = [row for row in rows if row["protocol"]["images_per_prompt"] == 2]
+    assert {"fd_clip", "cmmd", "clip_score", "prompt_accuracy"} <= {row["name"] for row in drawn}
+    assert all(size % 2 == 0 for row in drawn for size in row["deletions"]["sizes"])
+    assert [row["deletions"]["sizes"] for row in drawn if row["name"] == "clip_score"] == [[2] * 13]
 
 
 def test_the_tail_is_neither_dropped_nor_repeated(untrained_run, tmp_path, monkeypatch):

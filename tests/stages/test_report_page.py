@@ -36,6 +36,7 @@ from stages.report_page import (
     Reconstruction,
     ReportData,
     Score,
+    Share,
     StageRun,
     Variation,
     png_data_uri,
@@ -170,6 +171,10 @@ def fingerprint(stage: str) -> str:
     return f"{(list(STAGES).index(stage) + 1) * 0x1A2B3C4D5E7:012x}"
 
 
+def share(value: float, n: int) -> Share:
+    return Share(value=value, low=max(value - 0.03, 0.0), high=min(value + 0.03, 1.0), n=n)
+
+
 def plan() -> tuple[StageRun, ...]:
     runs = []
     for name, seconds in zip(STAGES, SECONDS, strict=True):
@@ -240,10 +245,10 @@ def full_report() -> ReportData:
         ),
         scores=scores(),
         accuracy=(
-            AttributeAccuracy(attribute="colour", seen=0.99, heldout=0.97, seen_n=512, heldout_n=128),
-            AttributeAccuracy(attribute="shape", seen=0.93, heldout=0.81, seen_n=512, heldout_n=128),
-            AttributeAccuracy(attribute="size", seen=1.0, heldout=None, seen_n=512),
-            AttributeAccuracy(attribute="all", seen=0.914, heldout=0.773, seen_n=512, heldout_n=128),
+            AttributeAccuracy(attribute="colour", seen=share(0.99, 512), heldout=share(0.97, 128)),
+            AttributeAccuracy(attribute="shape", seen=share(0.93, 512), heldout=share(0.81, 128)),
+            AttributeAccuracy(attribute="size", seen=share(1.0, 512), heldout=None),
+            AttributeAccuracy(attribute="all", seen=share(0.914, 512), heldout=share(0.773, 128)),
         ),
         diagnostics=(
             Diagnostic(

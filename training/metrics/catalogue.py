@@ -19,7 +19,7 @@ from training.metrics.clip_score import clip_score
 from training.metrics.extrapolation import frechet_at_infinity
 from training.metrics.frechet import Gaussian
 from training.metrics.inception_score import inception_score
-from training.metrics.intervals import Deletions, Estimate, frechet_estimate, mean_interval
+from training.metrics.intervals import Deletions, Estimate, frechet_estimate
 from training.metrics.moments import Accumulate, accumulate_here
 from training.metrics.neighbours import DENSITY_K, PRECISION_K, Neighbours, neighbours
 
@@ -37,7 +37,7 @@ class Value(NamedTuple):
     facts: Mapping[str, float | str] = MappingProxyType({})
     """How far it can be believed: ranks and clipped mass of a Fréchet distance, the residual of an extrapolation."""
     deletions: Deletions | None = None
-    """For a paired comparison; None where the interval is not the jackknife over blocks of generated samples."""
+    """For a paired comparison."""
 
     @classmethod
     def of(cls, found: Estimate, *, at_least: float = -math.inf) -> Value:
@@ -61,11 +61,13 @@ class Sample:
     """(C, D) weights of a classifier on the features."""
     accumulate: Accumulate = accumulate_here
     """Where moments of `fake` are taken."""
+    group: int = 1
+    """Consecutive rows of `fake` that belong to one prompt: no block of the jackknife parts them."""
 
     @cached_property
     def neighbours(self) -> Neighbours:
         """The four measures."""
-        return neighbours(_given(self.real), self.fake)
+        return neighbours(_given(self.real), self.fake, group=self.group)
 
     @cached_property
     def retrieval(self) -> retrieval.Retrieval:
@@ -75,7 +77,7 @@ class Sample:
     @cached_property
     def cmmd(self) -> kernel.Cmmd:
         """Both estimators."""
-        return kernel.cmmd(_given(self.real), self.fake)
+        return kernel.cmmd(_given(self.real), self.fake, group=self.group)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def few(sample: Sample, extractor: str) -> str:
 
 def _frechet(sample: Sample) -> Value:
     reference, accumulate = _given(sample.reference), sample.accumulate
-    found = frechet_estimate(reference, sample.fake, max_blocks=FRECHET_BLOCKS, accumulate=accumulate)
+    found = frechet_estimate(
+        reference, sample.fake, max_blocks=FRECHET_BLOCKS, group=sample.group, accumulate=accumulate
+    )
     told = found.diagnostics
     assert told is not None
     facts = {
@@ -121,12 +125,13 @@ def _frechet(sample: Sample) -> Value:
 
 
 def _infinity(sample: Sample) -> Value:
-    found = frechet_at_infinity(_given(sample.reference), sample.fake)
+    found = frechet_at_infinity(_given(sample.reference), sample.fake, group=sample.group)
     return Value(
         found.value,
         found.interval,
         f"residual {found.residual:.3g} over N = {found.sizes[0]} to {found.sizes[-1]}",
         {"residual": found.residual, "smallest_n": found.sizes[0], "largest_n": found.sizes[-1]},
+        found.deletions,
     )
 
 
@@ -135,36 +140,44 @@ def _share(name: str) -> Callable[[Sample], Value]:
 
 
 def _kid(sample: Sample) -> Value:
-    return Value.of(kernel.kid(_given(sample.real), sample.fake))
+    return Value.of(kernel.kid(_given(sample.real), sample.fake, group=sample.group))
 
 
 def _kid_of_subsets(sample: Sample) -> Value:
-    found = kernel.kid_of_subsets(_given(sample.real), sample.fake)
-    return Value(found.mean, found.interval)
+    found = kernel.kid_of_subsets(_given(sample.real), sample.fake, group=sample.group)
+    return Value(found.mean, found.interval, deletions=found.deletions)
 
 
 def _inception_score(sample: Sample) -> Value:
-    return Value.of(inception_score(sample.fake, _given(sample.head)))
+    return Value.of(inception_score(sample.fake, _given(sample.head), group=sample.group))
 
 
 def _clip_score(sample: Sample) -> Value:
-    return Value.of(Estimate.of_mean(clip_score(sample.fake, _given(sample.text)).per_sample))
+    return Value.of(_mean(sample, _cosines(sample)))
 
 
 def _clip_score_x100(sample: Sample) -> Value:
-    found = clip_score(sample.fake, _given(sample.text))
-    low, high = mean_interval(found.per_sample)
-    return Value(found.times_100, (100.0 * max(low, 0.0), 100.0 * max(high, 0.0)))
+    found = _mean(sample, 100.0 * _cosines(sample))
+    sizes, values = found.deletions.sizes, found.deletions.values
+    kept = Deletions(sizes=sizes, values=tuple(max(value, 0.0) for value in values))
+    return Value.of(Estimate(max(found.value, 0.0), kept), at_least=0.0)
 
 
 def _clip_score_x2_5(sample: Sample) -> Value:
-    found = clip_score(sample.fake, _given(sample.text))
-    return Value.of(Estimate.of_mean(2.5 * np.maximum(found.per_sample, 0.0)))
+    return Value.of(_mean(sample, 2.5 * np.maximum(_cosines(sample), 0.0)))
+
+
+def _cosines(sample: Sample) -> np.ndarray:
+    return clip_score(sample.fake, _given(sample.text)).per_sample
+
+
+def _mean(sample: Sample, values: np.ndarray) -> Estimate:
+    return Estimate.of_mean(values, group=sample.group)
 
 
 def _recall(side: str, at: int) -> Callable[[Sample], Value]:
     return lambda sample: Value.of(
-        Estimate.of_mean(retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at))
+        _mean(sample, retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at))
     )
 
 
@@ -218,7 +231,9 @@ METRICS: dict[str, Metric] = {
     ),
     "cmmd_biased": Metric(
         "clip",
-        lambda sample: Value(sample.cmmd.biased, sample.cmmd.biased_interval),
+        lambda sample: Value(
+            sample.cmmd.biased, sample.cmmd.biased_interval, deletions=sample.cmmd.biased_deletions
+        ),
         "lower",
         "CLIP maximum mean discrepancy as published, biased, x1000",
         needs="real",

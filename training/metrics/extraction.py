@@ -5,6 +5,9 @@ Legend: N pictures, D feature width.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data import images
+from data import images, storage
 from data.errors import SampleError, UserError
 from data.folders import is_image
 from training.metrics.extractors import MICRO_BATCH, Extractor, pictures
+
+BLOCK = 256
+"""Rows after which it is told on disk how far extraction has come; a multiple of MICRO_BATCH, so that a batch is never parted."""
 
 Progress = Callable[[int, int], None]
 """(pictures done, pictures in all)"""
@@ -51,52 +57,119 @@ def extract(
 ) -> Extracted:
     """Features of `files` by every extractor, kept as .npy files in `folder`; each picture is decoded once.
 
-    Raises UserError naming a file that is no whole picture, or whose features are not finite.
+    What an earlier call for the same pictures left in `folder` is taken up where it stopped. Raises UserError naming a file
+    that is no whole picture, or whose features are not finite.
     """
-    return _extract(_batches(files), [str(file) for file in files], extractors, folder, report)
+    return _extract(lambda first: _batches(files, first), list(map(str, files)), extractors, folder, report)
 
 
 def extract_arrays(
     images: np.ndarray, extractors: Sequence[Extractor], folder: Path, report: Progress = lambda *_: None
 ) -> Extracted:
     """As `extract`, of pictures (N, H, W, 3) uint8."""
-    batches = ((at, list(images[at : at + MICRO_BATCH])) for at in range(0, len(images), MICRO_BATCH))
+
+    def batches(first: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+        for at in range(first, len(images), MICRO_BATCH):
+            yield at, list(images[at : at + MICRO_BATCH])
+
     names = [f"picture {number}" for number in range(len(images))]
     return _extract(batches, names, extractors, folder, report)
 
 
 def _extract(
-    batches: Iterable[tuple[int, list[np.ndarray]]],
+    batches: Callable[[int], Iterator[tuple[int, list[np.ndarray]]]],
     names: Sequence[str],
     extractors: Sequence[Extractor],
     folder: Path,
     report: Progress,
 ) -> Extracted:
-    stored: dict[str, np.ndarray] = {}
-    sizes: set[tuple[int, int]] = set()
-    for start, decoded in batches:
-        sizes |= {(image.shape[1], image.shape[0]) for image in decoded}
-        batch = pictures(decoded)
-        for extractor in extractors:
-            rows = extractor.features(batch).float().cpu().numpy()
-            _require_finite(rows, names[start : start + len(rows)], extractor.name)
-            if extractor.name not in stored:
-                place, shape = folder / f"{extractor.name}.npy", (len(names), rows.shape[1])
-                stored[extractor.name] = np.lib.format.open_memmap(place, "w+", np.float32, shape)
-            stored[extractor.name][start : start + len(rows)] = rows
-        report(start + len(decoded), len(names))
-    for name, values in stored.items():
-        assert isinstance(values, np.memmap)
-        values.flush()
-        stored[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    return Extracted(stored, frozenset(sizes))
+    """`batches` gives micro-batches from a row on, with their first rows."""
+    kept = [_Kept.found(folder, extractor, len(names)) for extractor in extractors]
+    sizes = {size for each in kept for size in each.sizes}
+    first = min(each.done for each in kept)
+    if first < len(names):
+        for start, decoded in batches(first):
+            sizes |= {(image.shape[1], image.shape[0]) for image in decoded}
+            batch = pictures(decoded)
+            for each in kept:
+                if start >= each.done:
+                    rows = each.extractor.features(batch).float().cpu().numpy()
+                    _require_finite(rows, names[start : start + len(rows)], each.extractor.name)
+                    each.add(start, rows, sizes)
+            report(start + len(decoded), len(names))
+    return Extracted({each.extractor.name: each.values() for each in kept}, frozenset(sizes))
 
 
-def _batches(files: Sequence[Path]) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Decoded micro-batches; the next one is decoded while one is looked at."""
-    starts = list(range(0, len(files), MICRO_BATCH))
+@dataclass
+class _Kept:
+    """Features of one extractor on disk: a .npy of all N rows, and beside it how many of them are there."""
+
+    extractor: Extractor
+    path: Path
+    count: int
+    """N"""
+    done: int = 0
+    sizes: frozenset[tuple[int, int]] = frozenset()
+    rows: np.memmap | None = None
+
+    @classmethod
+    def found(cls, folder: Path, extractor: Extractor, count: int) -> _Kept:
+        """What `folder` holds; nothing where that is no whole array of N rows."""
+        kept = cls(extractor, folder / f"{extractor.name}-{extractor.digest[:12]}.npy", count)
+        try:
+            there = np.lib.format.open_memmap(
+                kept.path, "r"
+            )  # for writing, numpy would fill a file that was cut with zeros
+            if len(there) != count or there.dtype != np.float32:
+                raise ValueError("of other pictures")
+            kept.rows = np.lib.format.open_memmap(kept.path, "r+")
+        except (OSError, ValueError):
+            for path in (kept.told, kept.path):
+                path.unlink(missing_ok=True)
+            return kept
+        try:
+            told = json.loads(kept.told.read_text())
+            kept.done, kept.sizes = int(told["rows"]), frozenset((w, h) for w, h in told["sizes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            kept.done = 0
+        return kept
+
+    @property
+    def told(self) -> Path:
+        """The file that says how many rows are there."""
+        return self.path.with_suffix(".json")
+
+    def add(self, start: int, rows: np.ndarray, sizes: Iterable[tuple[int, int]]) -> None:
+        """Writes `rows` (B, D) from row `start` on; what is there is told once a block, after the rows themselves."""
+        if self.rows is None:
+            self.rows = self._made(rows.shape[1])
+        end = start + len(rows)
+        self.rows[start:end] = rows
+        if end % BLOCK == 0 or end == self.count:
+            self.rows.flush()
+            told = {"rows": end, "sizes": sorted(sizes)}
+            storage.write_bytes(str(self.told), json.dumps(told).encode())
+            self.done = end
+
+    def _made(self, width: int) -> np.memmap:
+        """An array of zeros, or the one that another process has begun: its rows are the same, and are never cut off."""
+        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        np.lib.format.open_memmap(fresh, "w+", np.float32, (self.count, width)).flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, self.path)
+        fresh.unlink()
+        return np.lib.format.open_memmap(self.path, "r+")
+
+    def values(self) -> np.ndarray:
+        """(N, D) float32, a read-only memory map."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+
+def _batches(files: Sequence[Path], first: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Decoded micro-batches from row `first` on; the next one is decoded while one is looked at."""
+    starts = list(range(first, len(files), MICRO_BATCH))
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        pending = ahead.submit(_decoded, files[:MICRO_BATCH])
+        pending = ahead.submit(_decoded, files[first : first + MICRO_BATCH])
         for start, following in zip(starts, [*starts[1:], len(files)], strict=True):
             decoded = pending.result()
             if following < len(files):

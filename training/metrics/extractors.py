@@ -1,14 +1,17 @@
-"""What looks at a picture: an extractor by name, from local weights, with all that its numbers depend on.
+"""What looks at a picture: an extractor by name, from its weights, with all that its numbers depend on.
 
-inception          FID's Inception, tf1 resize      inception=pt_inception-2015-12-05-6726825d.pth
+inception          FID's Inception, tf1 resize      inception=pt_inception-2015-12-05-6726825d.pth, or inception=hub
 inception_clean    the same network, clean resize   (the same weights)
-clip               a CLIP's image tower             clip=FOLDER
-dinov2             DINOv2's class token             dinov2=FOLDER
+clip               a CLIP's towers                  clip=FOLDER, or clip=hub:OWNER/NAME[@REVISION]
+dinov2             DINOv2's class token             dinov2=FOLDER, or dinov2=hub for facebook/dinov2-large
+
+A path never touches the network; `hub` is a download when the local cache has nothing.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from data import storage
 from data.errors import UserError
+from training import hub
 from training.clip_encoder import ClipEncoder
 from training.distributed import device
 from training.metrics import dinov2, inception
@@ -33,8 +37,16 @@ WEIGHTS = {
     "dinov2": "a folder with the files of facebook/dinov2-large from the hub",
 }
 """What `--extractor NAME=PATH` wants, for people without it."""
-RESIZE = {"inception": "tf1", "inception_clean": "clean", "dinov2": "bicubic antialias, squash, 224"}
-"""How pictures reach an extractor's size; CLIP's own rule comes with its weights."""
+HUB = {"inception": "hub", "clip": "hub:OWNER/NAME", "dinov2": "hub"}
+"""What it is written instead of PATH to download the weights."""
+DINOV2 = "hub:facebook/dinov2-large"
+RESIZE = {
+    "inception": "tf1",
+    "inception_clean": "clean",
+    "clip": "the encoder's own",
+    "dinov2": "bicubic antialias, squash, 224",
+}
+"""How pictures reach an extractor's size; CLIP's own rule comes with its weights and counts in their digest."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +83,38 @@ def parse(specs: Sequence[str]) -> dict[str, tuple[str, bool]]:
             )
         if name in found:
             raise UserError(f"--extractor {name} is given twice: give each once")
-        if not Path(path).expanduser().exists():
-            raise UserError(f"--extractor {spec}: nothing lies at {path}; it wants {WEIGHTS[name]}")
-        found[name] = (str(Path(path).expanduser()), kind == "custom")
+        try:
+            found[name] = (place_of(name, path), kind == "custom")
+        except UserError as error:
+            raise UserError(f"--extractor {spec}: {error}") from error
     return found
+
+
+def place_of(kind: str, source: str) -> str:
+    """Where the weights `source` of `kind` are to be had: an existing path, or a name of the hub; nothing is downloaded.
+
+    Raises UserError for neither.
+    """
+    if source == "hub" and kind in ("inception", "dinov2"):
+        return DINOV2 if kind == "dinov2" else source
+    if kind != "inception" and re.fullmatch(r"hub:[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        return source
+    if source.startswith("hub"):
+        raise UserError(f"{source!r} names nothing: write {HUB[kind]} to download, or a path")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"nothing lies at {source}; it wants {WEIGHTS[kind]}, or {HUB[kind]} to download it")
+    return str(path)
+
+
+def secured(place: str) -> str:
+    """`place`, as `place_of` gives it, once its weights are on this machine; a name of the hub with its commit, so that another
+    machine loads the same. Raises UserError when they cannot be downloaded."""
+    if hub.is_named(place):
+        return hub.pinned(place)
+    if place == "hub":
+        _file(place)
+    return place
 
 
 def load(name: str, path: str, *, is_custom: bool = False) -> Extractor:
@@ -83,16 +123,14 @@ def load(name: str, path: str, *, is_custom: bool = False) -> Extractor:
     FID's Inception is refused unless it is the published file or `is_custom`, whose digest makes another protocol.
     """
     if weights_of(name) == "inception":
-        return _inception(name, path, is_custom)
-    if local_folder(path) is None:
-        raise UserError(f"{path} is no folder: {name} wants {WEIGHTS[name]}")
+        return _inception(name, _file(path), is_custom)
+    folder, digest = _folder(name, path), digest_of(name, path)
     if name == "clip":
-        clip = ClipEncoder.load(path, device())
-        rule = f"{clip.preprocess['interpolation']}, {clip.preprocess['resize_mode']}, {clip.image_size}"
+        clip = ClipEncoder.load(folder, device())
         look, reading = functools.partial(clip_images, clip), functools.partial(clip_texts, clip)
-        return Extractor(name, digest_of(name, path), rule, look, reading)
-    model = dinov2.load_dinov2(path).to(device())
-    return Extractor(name, digest_of(name, path), RESIZE[name], functools.partial(dinov2.features, model))
+        return Extractor(name, digest, RESIZE[name], look, reading)
+    model = dinov2.load_dinov2(folder).to(device())
+    return Extractor(name, digest, RESIZE[name], functools.partial(dinov2.features, model))
 
 
 def clip_images(clip: ClipEncoder, images: Sequence[Tensor]) -> Tensor:
@@ -120,9 +158,22 @@ def weights_of(name: str) -> str:
 
 
 def digest_of(name: str, path: str) -> str:
-    """SHA-256 of the weights at `path`, without loading them."""
+    """SHA-256 of the weights at `path`, without loading them; what the hub names is downloaded."""
     kind = weights_of(name)
-    return storage.sha256(path)[1] if kind == "inception" else weights_digest(kind, path)
+    return (
+        storage.sha256(_file(path))[1] if kind == "inception" else weights_digest(kind, _folder(name, path))
+    )
+
+
+def _file(place: str) -> str:
+    return str(hub.file(inception.WEIGHTS_URL, inception.WEIGHTS_SHA256)) if place == "hub" else place
+
+
+def _folder(name: str, path: str) -> str:
+    folder = hub.folder(path) if hub.is_named(path) else local_folder(path)
+    if folder is None:
+        raise UserError(f"{path} is no folder: {name} wants {WEIGHTS[name]}")
+    return str(folder)
 
 
 def _inception(name: str, path: str, is_custom: bool) -> Extractor:

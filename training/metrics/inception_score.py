@@ -18,7 +18,7 @@ BLOCKS = 16
 _TILE = 1024
 
 
-def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1) -> Estimate:
+def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1, group: int = 1) -> Estimate:
     """exp(mean KL(p(class | picture) || p(class))), 1 to C, of pooled features (N, D) (Salimans et al. 2016, sec. 4).
 
     `head` (C, D) is the network's last layer, used without its bias as the published graph does. `splits` consecutive
@@ -30,19 +30,20 @@ def inception_score(features: np.ndarray, head: np.ndarray, *, splits: int = 1) 
             f"an Inception Score of {splits} splits needs {2 * splits} images, got {len(features)}"
         )
     parts = [slice(i * len(features) // splits, (i + 1) * len(features) // splits) for i in range(splits)]
-    pieces = [_pieces(features, head, part) for part in parts]
+    blocks = index_blocks(len(features), BLOCKS, group)
+    pieces = [_pieces(features, head, part, blocks) for part in parts]
     value = float(np.mean([_score(*_total(piece)) for piece in pieces]))
-    return Estimate.of(value, _deleted(pieces, len(features)), index_blocks(len(features), BLOCKS))
+    return Estimate.of(value, _deleted(pieces, len(blocks)), blocks)
 
 
 Sums = tuple[int, float, np.ndarray]
 """Samples, sum of p log p over them and all classes, sum of p (C,)."""
 
 
-def _pieces(features: np.ndarray, head: np.ndarray, part: slice) -> dict[int, Sums]:
+def _pieces(features: np.ndarray, head: np.ndarray, part: slice, blocks: list[np.ndarray]) -> dict[int, Sums]:
     """Block of the jackknife -> sums over its samples in one part."""
     found: dict[int, Sums] = {}
-    for number, block in enumerate(index_blocks(len(features), BLOCKS)):
+    for number, block in enumerate(blocks):
         start, stop = max(part.start, int(block[0])), min(part.stop, int(block[-1]) + 1)
         tiles = range(start, stop, _TILE)
         sums = [_sums(features, head, at, min(at + _TILE, stop)) for at in tiles]
@@ -58,12 +59,12 @@ def _sums(features: np.ndarray, head: np.ndarray, start: int, stop: int) -> Sums
     return stop - start, float((p * log_p).sum()), p.sum(axis=0)
 
 
-def _deleted(pieces: list[dict[int, Sums]], num_samples: int) -> list[float]:
+def _deleted(pieces: list[dict[int, Sums]], num_blocks: int) -> list[float]:
     def without(block: int) -> Callable[[dict[int, Sums]], dict[int, Sums]]:
         return lambda piece: {number: sums for number, sums in piece.items() if number != block}
 
     found = []
-    for block in range(len(index_blocks(num_samples, BLOCKS))):
+    for block in range(num_blocks):
         left = [rest for rest in map(without(block), pieces) if rest]
         found.append(float(np.mean([_score(*_total(piece)) for piece in left])))
     return found

@@ -1,6 +1,8 @@
 """95 % intervals of metrics. All are functions of the data alone: no resampling, no random numbers.
 
-The jackknife deletes one block of consecutive global indices at a time; the blocks depend on the number of samples only.
+The jackknife deletes one block of consecutive global indices at a time; the blocks depend on the number of samples only, and
+on how many of them belong together: `group` consecutive ones, such as the pictures of one prompt, always share a block, since
+they are alike and would make an interval too narrow.
 
 Legend: N samples, G blocks.
 """
@@ -56,25 +58,31 @@ class Estimate:
         return cls(value, Deletions(sizes=sizes, values=tuple(map(float, deleted))))
 
     @classmethod
-    def of_mean(cls, values: np.ndarray, *, max_blocks: int = MAX_BLOCKS) -> Estimate:
+    def of_mean(cls, values: np.ndarray, *, max_blocks: int = MAX_BLOCKS, group: int = 1) -> Estimate:
         """The mean of `values` (N,). Raises ValueError for one that is not finite, and for fewer than two."""
         values = _finite(values)
-        blocks = index_blocks(len(values), max_blocks)
+        blocks = index_blocks(len(values), max_blocks, group)
         total, n = float(values.sum()), len(values)
         deleted = [(total - float(values[block].sum())) / (n - len(block)) for block in blocks]
         return cls.of(total / n, deleted, blocks)
 
 
-def index_blocks(num_samples: int, max_blocks: int = MAX_BLOCKS) -> list[np.ndarray]:
-    """The indices 0 to N - 1 in order, cut into min(N, max_blocks) runs whose lengths differ by at most one.
+def index_blocks(num_samples: int, max_blocks: int = MAX_BLOCKS, group: int = 1) -> list[np.ndarray]:
+    """The indices 0 to N - 1 in order, cut into min(N / group, max_blocks) runs of whole groups, whose lengths differ by at
+    most one group. A single group is cut between its samples: its interval tells the spread within it.
 
-    Raises ValueError for fewer than two samples or blocks: they have no spread.
+    Raises ValueError for fewer than two samples or blocks, which have no spread, and for an N that `group` does not divide.
     """
     if min(num_samples, max_blocks) < 2:
         raise ValueError(
             f"an interval needs at least 2 samples and 2 blocks, got {num_samples} and {max_blocks}"
         )
-    return np.array_split(np.arange(num_samples), min(num_samples, max_blocks))
+    count, rest = divmod(num_samples, group)
+    if rest:
+        raise ValueError(f"{num_samples} samples are no whole number of groups of {group}")
+    count, group = (count, group) if count > 1 else (num_samples, 1)
+    groups = np.arange(num_samples).reshape(count, group)
+    return [block.reshape(-1) for block in np.array_split(groups, min(count, max_blocks))]
 
 
 def jackknife_interval(
@@ -104,6 +112,7 @@ def frechet_estimate(
     features: np.ndarray,
     *,
     max_blocks: int = MAX_BLOCKS,
+    group: int = 1,
     accumulate: Accumulate = accumulate_here,
 ) -> Estimate:
     """The Fréchet distance of `features` (N, D) from a fixed `reference`, and its deletions.
@@ -115,7 +124,7 @@ def frechet_estimate(
         raise ValueError(
             f"its interval leaves samples out, so it needs at least 3 of them, got {len(features)}"
         )
-    blocks = index_blocks(len(features), max_blocks)
+    blocks = index_blocks(len(features), max_blocks, group)
     reference = Gaussian.of(reference) if isinstance(reference, Moments) else reference
     few = len(features) <= features.shape[1]
     spans = runs(len(features))
@@ -145,6 +154,17 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
     return low, high
+
+
+def share_interval(right: np.ndarray, *, group: int = 1) -> tuple[float, float]:
+    """(low, high) in [0, 1] for the share of `right` (N,), ones and zeros: Wilson's interval or the jackknife's over blocks,
+    at each end the one that reaches further. Wilson's is sound at 0 and at 1, where the jackknife has no width; the jackknife
+    knows that the samples of a group are alike."""
+    low, high = wilson_interval(int(right.sum()), len(right))
+    if len(right) < 2:
+        return low, high
+    low_of_blocks, high_of_blocks = Estimate.of_mean(right, group=group).interval
+    return max(min(low, low_of_blocks), 0.0), min(max(high, high_of_blocks), 1.0)
 
 
 def deleted_interval(full: float, deleted: Iterable[float], sizes: list[int]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.metrics.intervals import Deletions, Estimate, deleted_interval, index_blocks
+from training.metrics.intervals import Deletions, Estimate, index_blocks
 from training.metrics.moments import finite_rows
 
 BLOCKS = 16
@@ -34,12 +34,17 @@ class Cmmd:
     """The V-statistic, as published; larger by about 1000 (1 - E k)(1/N + 1/M). Only for comparing with published numbers."""
     deletions: Deletions
     """Of the unbiased form, over blocks of generated samples; the real ones are fixed."""
-    biased_interval: tuple[float, float]
+    biased_deletions: Deletions
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 %, of the unbiased form."""
         return self.deletions.interval(self.unbiased)
+
+    @property
+    def biased_interval(self) -> tuple[float, float]:
+        """95 %, of the biased form."""
+        return self.biased_deletions.interval(self.biased)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,16 @@ class KidOfSubsets:
     mean: float
     std: float
     """Over the subsets, as other tools print it. It is no error of the mean: more subsets leave it as it is."""
-    interval: tuple[float, float]
-    """95 %, of the mean with the subsets as they were drawn, over blocks of generated samples."""
+    deletions: Deletions
+    """Of the mean with the subsets as they were drawn, over blocks of generated samples."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, of the mean."""
+        return self.deletions.interval(self.mean)
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0, scale: float = 1000.0) -> Cmmd:
+def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0, scale: float = 1000.0, group: int = 1) -> Cmmd:
     """Squared maximum mean discrepancy of `x` (N, D) and `y` (M, D) under exp(-|x - y|^2 / (2 sigma^2)), times `scale`
     (Jayasumana et al. 2024, "Rethinking FID"; Gretton et al. 2012, eq. 3 and 5).
 
@@ -61,31 +71,30 @@ def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0, scale: float = 10
     on a side, different widths, or rows that are not finite.
     """
     # At sigma = 10 the kernel of unit vectors lies in [0.98, 1]: sum k - 1, whose ones cancel exactly in the MMD.
-    sums = _sums(_gaussian_minus_one(sigma), x, y)
-    unbiased, biased = scale * sums.unbiased(), scale * sums.biased()
-    deleted = tuple(scale * rest.unbiased() for rest in sums.deletions())
+    sums = _sums(_gaussian_minus_one(sigma), x, y, group)
+    sizes, rests = tuple(sums.block_sizes), sums.deletions()
     return Cmmd(
-        unbiased,
-        biased,
-        Deletions(sizes=tuple(sums.block_sizes), values=deleted),
-        deleted_interval(biased, [scale * rest.biased() for rest in sums.deletions()], sums.block_sizes),
+        scale * sums.unbiased(),
+        scale * sums.biased(),
+        Deletions(sizes=sizes, values=tuple(scale * rest.unbiased() for rest in rests)),
+        Deletions(sizes=sizes, values=tuple(scale * rest.biased() for rest in rests)),
     )
 
 
-def kid(x: np.ndarray, y: np.ndarray) -> Estimate:
+def kid(x: np.ndarray, y: np.ndarray, *, group: int = 1) -> Estimate:
     """Kernel Inception distance of `x` (N, D) and `y` (M, D): the unbiased squared MMD under (x.y / D + 1)^3
     (Bińkowski et al. 2018, eq. 4), over all pairs and without subsets, so that it draws no random numbers. May be
     slightly negative.
 
     Raises ValueError as `cmmd` does.
     """
-    sums = _sums(_cubic, x, y)
+    sums = _sums(_cubic, x, y, group)
     deleted = tuple(rest.unbiased() for rest in sums.deletions())
     return Estimate(sums.unbiased(), Deletions(sizes=tuple(sums.block_sizes), values=deleted))
 
 
 def kid_of_subsets(
-    x: np.ndarray, y: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020
+    x: np.ndarray, y: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020, group: int = 1
 ) -> KidOfSubsets:
     """The mean of `kid` over `subsets` random pairs of `size` rows of `y` and of `x`, drawn without replacement.
 
@@ -98,14 +107,14 @@ def kid_of_subsets(
             "use kid, which takes all pairs"
         )
     generator = np.random.RandomState(seed)
-    blocks = index_blocks(len(y), BLOCKS)
+    blocks = index_blocks(len(y), BLOCKS, group)
     block_of = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
     drawn = [_drawn(x, y, block_of, size, generator) for _ in range(subsets)]
     values = np.array([sums.unbiased() for sums in drawn])
     deleted = np.mean([[rest.unbiased() for rest in sums.deletions()] for sums in drawn], axis=0)
     mean = float(values.mean())
-    interval = deleted_interval(mean, deleted.tolist(), [len(block) for block in blocks])
-    return KidOfSubsets(mean, float(values.std()), interval)
+    deletions = Deletions(sizes=tuple(map(len, blocks)), values=tuple(deleted.tolist()))
+    return KidOfSubsets(mean, float(values.std()), deletions)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -143,9 +152,9 @@ class _Sums:
         return _Sums(self.n, self.sizes[kept], self.xx, self.xy[kept], self.yy[np.ix_(kept, kept)])
 
 
-def _sums(kernel: Kernel, x: np.ndarray, y: np.ndarray) -> _Sums:
+def _sums(kernel: Kernel, x: np.ndarray, y: np.ndarray, group: int) -> _Sums:
     _require_comparable(x, y)
-    blocks = index_blocks(len(y), BLOCKS)
+    blocks = index_blocks(len(y), BLOCKS, group)
     runs = [(g, part) for g, block in enumerate(blocks) for part in _tiles(int(block[0]), len(block))]
     x_tiles = _tiles(0, len(x))
     xx, xy, yy = 0.0, np.zeros(len(blocks)), np.zeros((len(blocks), len(blocks)))

@@ -41,14 +41,19 @@ class Neighbours:
 
 
 def neighbours(
-    real: np.ndarray, fake: np.ndarray, *, k: int = PRECISION_K, density_k: int = DENSITY_K
+    real: np.ndarray,
+    fake: np.ndarray,
+    *,
+    k: int = PRECISION_K,
+    density_k: int = DENSITY_K,
+    group: int = 1,
 ) -> Neighbours:
     """The measures of `fake` (M, D) against `real` (N, D) features, float64.
 
     Raises ValueError for different widths, rows that are not finite, or fewer samples than the neighbours that are
     looked for (on the generated side, when a block is left out).
     """
-    blocks = index_blocks(len(fake), BLOCKS) if len(fake) > 1 else [np.arange(len(fake))]
+    blocks = index_blocks(len(fake), BLOCKS, group) if len(fake) > 1 else [np.arange(len(fake))]
     _require_enough(real, fake, max(k, density_k), k + max(len(block) for block in blocks))
     whole_real = [np.arange(len(real))]
     near_real = _nearest(real, whole_real, max(k, density_k))[:, 0]  # (N, k)
@@ -75,9 +80,9 @@ def neighbours(
     coverage = float((times_covered > 0).mean())
     recall = float(recalled[-1].mean())
     return Neighbours(
-        precision=Estimate.of_mean(precise, max_blocks=BLOCKS),
+        precision=Estimate.of_mean(precise, max_blocks=BLOCKS, group=group),
         recall=Estimate.of(recall, recalled[:-1].mean(axis=1), blocks),
-        density=Estimate.of_mean(dense / density_k, max_blocks=BLOCKS),
+        density=Estimate.of_mean(dense / density_k, max_blocks=BLOCKS, group=group),
         coverage=Estimate.of(coverage, left_covered, blocks),
     )
 

@@ -5,7 +5,6 @@ Legend: N pictures, H W pixels.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,12 @@ RECOGNISERS: dict[str, Matches] = {"shapes": shape_judge.matches, "digits": digi
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Accuracy:
-    """Shares in [0, 1]."""
+    """What is right, picture by picture."""
 
-    all: float
-    """Pictures with every attribute right."""
-    by_attribute: dict[str, float]
-    """Attribute -> share right, over the pictures whose truth has it."""
     correct: np.ndarray
-    """(N,) bool: every attribute right. Its sum feeds `intervals.wilson_interval`."""
+    """(N,) bool: every attribute right."""
+    by_attribute: dict[str, np.ndarray]
+    """Attribute -> (N,) float64: 1 where it is right, 0 where it is wrong, NaN where the truth does not have it."""
 
 
 def prompt_accuracy(images: np.ndarray, truths: Sequence[Mapping[str, Any]]) -> Accuracy:
@@ -45,13 +42,11 @@ def prompt_accuracy(images: np.ndarray, truths: Sequence[Mapping[str, Any]]) -> 
             f"{len(images)} images for {len(truths)} truths: give one truth per image, in the same order"
         )
     found = [_recogniser(truth)(image, dict(truth)) for image, truth in zip(images, truths, strict=True)]
-    by_attribute = defaultdict(list)
-    for matches in found:
-        for attribute, right in matches.items():
-            by_attribute[attribute].append(bool(right))
-    correct = np.array([all(matches.values()) for matches in found], dtype=bool)
-    shares = {attribute: float(np.mean(right)) for attribute, right in by_attribute.items()}
-    return Accuracy(float(correct.mean()), shares, correct)
+    attributes = dict.fromkeys(attribute for matches in found for attribute in matches)
+    return Accuracy(
+        correct=np.array([all(matches.values()) for matches in found], dtype=bool),
+        by_attribute={a: np.array([float(matches.get(a, np.nan)) for matches in found]) for a in attributes},
+    )
 
 
 def _recogniser(truth: Mapping[str, Any]) -> Matches:

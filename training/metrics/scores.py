@@ -6,6 +6,7 @@ Legend: N generated images, M real images, K reconstructed images, D embedding w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from training.metrics.intervals import (
     Estimate,
     frechet_estimate,
     mean_interval,
-    wilson_interval,
+    share_interval,
 )
 from training.metrics.prompt_accuracy import prompt_accuracy
 from training.metrics.reconstruction import SSIM_WINDOW, psnr, ssim
@@ -48,22 +49,61 @@ Scored = tuple[Score, Deletions | None]
 """A score, and its deletions where a paired comparison can use them."""
 
 
-def accuracy_scores(
-    images: np.ndarray, truths: Sequence[Mapping[str, Any] | None], heldout: Sequence[bool]
-) -> list[Score]:
-    """`prompt_accuracy` over prompts of seen combinations and `prompt_accuracy_heldout` over the others, of images
-    (N, H, W, 3) uint8; only those that have a truth count, and a group without any gives no score."""
-    found = []
-    for name, wanted in (("prompt_accuracy", False), ("prompt_accuracy_heldout", True)):
-        rows = [i for i, truth in enumerate(truths) if truth is not None and heldout[i] is wanted]
-        if not rows:
-            continue
-        correct = prompt_accuracy(images[rows], [truths[i] or {} for i in rows]).correct
-        low, high = wilson_interval(int(correct.sum()), len(rows))
-        which = "held out of training" if wanted else "seen in training"
-        meaning = f"share of images with every attribute right, combinations {which}"
-        found.append(_score(name, float(correct.mean()), low, high, len(rows), "higher", meaning))
-    return found
+class Share(Config):
+    """How many of `n` pictures are right, as a share with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a recogniser says of pictures whose prompts have a truth."""
+
+    scores: list[Scored]
+    """`prompt_accuracy` over prompts of seen combinations, `prompt_accuracy_heldout` over the others; none without a picture."""
+    attributes: dict[str, dict[str, Share]]
+    """attribute -> {"seen": share, "held out": share}"""
+    correct: list[bool | None]
+    """Per picture: every attribute right; None where its prompt has no truth."""
+
+
+def judged(
+    images: np.ndarray, truths: Sequence[Mapping[str, Any] | None], heldout: Sequence[bool], *, group: int = 1
+) -> Judged:
+    """Accuracy of images (N, H, W, 3) uint8, `group` of which share each prompt; without any truth `images` is not read."""
+    rows = [i for i, truth in enumerate(truths) if truth is not None]
+    if not rows:
+        return Judged([], {}, [None] * len(truths))
+    found = prompt_accuracy(images[rows], [truths[i] or {} for i in rows])
+    verdicts: list[bool | None] = [None] * len(truths)
+    for row, right in zip(rows, found.correct.tolist(), strict=True):
+        verdicts[row] = right
+    is_heldout = np.array([heldout[i] for i in rows])
+    scores, attributes = [], {}
+    for label, which, wanted in (("seen", "seen in", ~is_heldout), ("held out", "held out of", is_heldout)):
+        name = "prompt_accuracy" if label == "seen" else "prompt_accuracy_heldout"
+        meaning = f"share of images with every attribute right, combinations {which} training"
+        if wanted.any():
+            scores.append(_share_score(name, found.correct[wanted], meaning, group))
+        for attribute, right in found.by_attribute.items():
+            counted = right[wanted & ~np.isnan(right)]
+            if len(counted):
+                attributes.setdefault(attribute, {})[label] = _share(counted, group)
+    return Judged(scores, attributes, verdicts)
+
+
+def _share(right: np.ndarray, group: int) -> Share:
+    low, high = share_interval(right, group=group)
+    return Share(value=float(right.mean()), low=low, high=high, n=len(right))
+
+
+def _share_score(name: str, right: np.ndarray, meaning: str, group: int) -> Scored:
+    found = _share(right, group)
+    score = _score(name, found.value, found.low, found.high, found.n, "higher", meaning)
+    return score, Estimate.of_mean(right, group=group).deletions if len(right) > 1 else None
 
 
 def distribution_score(name: str, sample: Sample) -> Scored:

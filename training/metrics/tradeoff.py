@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data.config import Config
 
-DISTANCES = ("fd_clip", "fid")
+DISTANCES = ("fd_clip", "fid", "fd_dinov2")
 FIT = "clip_score"
 
 

@@ -46,6 +46,17 @@ def test_features_depend_on_their_own_picture_alone(model):
 
 
 @pytest.mark.slow
+def test_folding_the_normalisations_changes_a_feature_in_its_seventh_digit(inception_weights, model):
+    """The published layers in torch's own layout are the reference, to which those of torch-fidelity are equal bit by bit."""
+    published = load_inception(inception_weights, expect_sha256=None, as_published=True)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in published.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    expected, found = (features(network, pictures(3, 40, 32)) for network in (published, model))
+    assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+    assert torch.equal(published.head, model.head)
+
+
+@pytest.mark.slow
 def test_more_pictures_than_a_micro_batch_keep_their_order(model):
     images = pictures(MICRO_BATCH + 1, 8, 8)
     assert torch.equal(features(model, images)[-1:], features(model, images[-1:]))

@@ -8,10 +8,12 @@ from scipy import stats
 
 from training.metrics.frechet import frechet_distance
 from training.metrics.intervals import (
+    Estimate,
     frechet_estimate,
     index_blocks,
     jackknife_interval,
     mean_interval,
+    share_interval,
     wilson_interval,
 )
 from training.metrics.moments import moments_of
@@ -24,6 +26,39 @@ def test_blocks_are_runs_that_cover_every_index_once(num_samples, max_blocks):
     assert np.concatenate(blocks).tolist() == list(range(num_samples))
     assert len(blocks) == min(num_samples, max_blocks)
     assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.integers(2, 100), st.integers(2, 40), st.integers(1, 7))
+def test_no_block_parts_samples_that_belong_together(count, max_blocks, group):
+    blocks = index_blocks(count * group, max_blocks, group)
+    assert np.concatenate(blocks).tolist() == list(range(count * group))
+    assert len(blocks) == min(count, max_blocks)
+    assert all(block[0] % group == 0 and len(block) % group == 0 for block in blocks)
+
+
+def test_a_single_group_is_cut_between_its_samples_and_a_part_of_one_is_refused():
+    assert [len(block) for block in index_blocks(6, 32, 6)] == [1] * 6
+    with pytest.raises(ValueError, match="7 samples are no whole number of groups of 3"):
+        index_blocks(7, 32, 3)
+
+
+def test_samples_that_repeat_within_a_group_do_not_make_an_interval_narrower():
+    """Four pictures of a prompt that are all alike tell no more than one of them."""
+    values = np.random.default_rng(5).standard_normal(24)
+    once, four = Estimate.of_mean(values), Estimate.of_mean(np.repeat(values, 4), group=4)
+    assert four.interval == pytest.approx(once.interval)
+    low, high = Estimate.of_mean(np.repeat(values, 4)).interval
+    assert high - low < 0.9 * (once.interval[1] - once.interval[0])
+
+
+def test_a_share_has_wilsons_interval_at_its_ends_and_the_wider_one_between():
+    assert share_interval(np.ones(40, bool)) == wilson_interval(40, 40)
+    alternating = np.tile([True, False], 40)
+    assert share_interval(alternating) == pytest.approx(wilson_interval(40, 80))
+    lumped = np.repeat(np.arange(20) % 2 == 0, 4)
+    low, high = share_interval(lumped, group=4)
+    assert low < wilson_interval(40, 80)[0] and high > wilson_interval(40, 80)[1]
+    assert share_interval(np.array([True])) == wilson_interval(1, 1)
 
 
 @pytest.mark.parametrize("n", [2, 31, 64, 100, 1000])

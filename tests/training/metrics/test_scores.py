@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
+from data import shapes
 from training.metrics import scores
-from training.metrics.intervals import Deletions
+from training.metrics.catalogue import METRICS, Sample
+from training.metrics.frechet import Gaussian
+from training.metrics.intervals import Deletions, wilson_interval
 
 E = np.eye(4, dtype=np.float32)
 """Four directions at right angles."""
@@ -65,3 +70,48 @@ def test_the_distance_of_reconstructions_can_be_compared_too():
     score, deletions = scores.reconstruction_fid(features, features + 0.1)
     assert score.value == pytest.approx(8 * 0.01, rel=1e-6)
     assert isinstance(deletions, Deletions) and len(deletions.sizes) == 16
+
+
+SCENES = {
+    "red": shapes.Scene(colour="red", shape="circle", size="large", background="white", position="left")
+}
+SCENES["blue"] = replace(SCENES["red"], colour="blue")
+RED = {"kind": "shapes", **asdict(SCENES["red"])}
+
+
+def test_what_a_recogniser_sees_is_counted_by_group_of_prompts_and_by_attribute():
+    drawn = ["red", "red", "red", "blue", "red", "red", "blue", "blue"]
+    truths = [RED] * 8
+    truths[4:6] = [None, None]
+    heldout = [False] * 4 + [True] * 4
+    found = scores.judged(np.stack([shapes.render(SCENES[d]) for d in drawn]), truths, heldout, group=2)
+    assert found.correct == [True, True, True, False, None, None, False, False]
+    (seen, deletions), (held, _) = found.scores
+    assert (seen.name, seen.value, seen.n) == ("prompt_accuracy", 0.75, 4)
+    assert deletions is not None and deletions.sizes == (2, 2) and deletions.values == (0.5, 1.0)
+    assert (held.name, held.value, held.n) == ("prompt_accuracy_heldout", 0.0, 2)
+    assert found.attributes["colour"]["seen"].value == 0.75
+    assert found.attributes["colour"]["held out"].value == 0.0
+    assert found.attributes["shape"] == {
+        "seen": scores.Share(value=1.0, low=wilson_interval(4, 4)[0], high=1.0, n=4),
+        "held out": scores.Share(value=1.0, low=wilson_interval(2, 2)[0], high=1.0, n=2),
+    }
+
+
+def test_pictures_are_not_looked_at_where_no_prompt_has_a_truth():
+    found = scores.judged(np.empty((0, 0, 0, 3), np.uint8), [None, None], [False, True])
+    assert (found.scores, found.attributes, found.correct) == ([], {}, [None, None])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_every_metric_of_the_catalogue_has_a_jackknife_over_whole_prompts(group):
+    """1,200 pictures, so that subsets of 1,000 can be drawn; an interval about each value, and the deletions it is made of."""
+    rng = np.random.default_rng(0)
+    real, fake, text = (rng.standard_normal((1200, 6)) for _ in range(3))
+    sample = Sample(fake, Gaussian.fitted(real), real, text, head=rng.standard_normal((5, 6)), group=group)
+    for name in METRICS:
+        score, deletions = scores.distribution_score(name, sample)
+        assert isinstance(deletions, Deletions), name
+        assert sum(deletions.sizes) == 1200 and all(size % group == 0 for size in deletions.sizes), name
+        assert score.low <= score.value <= score.high, name
+        assert score.high == pytest.approx(deletions.interval(score.value)[1], abs=1e-9), name

@@ -1,0 +1,105 @@
+"""Features on disk: taken up where a call stopped, shared by two at once, and made again where they are damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.metrics.extraction import BLOCK, extract_arrays
+from training.metrics.extractors import Extractor
+
+COUNT = 2 * BLOCK + 40
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 2, 3, 3), dtype=np.uint8)
+EXPECTED = IMAGES.transpose(0, 3, 1, 2).reshape(COUNT, -1)[:, :5].astype(np.float32)
+
+
+class Stopped(Exception):
+    """What ends a call early."""
+
+
+def looking(
+    name: str = "eye", *, before: Callable[[int], None] = lambda _: None
+) -> tuple[Extractor, list[int]]:
+    """An extractor whose features are a picture's first five values, and how many pictures each pass had; `before` hears the
+    number of passes so far."""
+    passes: list[int] = []
+
+    def features(pictures: Sequence[Tensor]) -> Tensor:
+        before(len(passes))
+        passes.append(len(pictures))
+        return torch.stack([picture.flatten()[:5].float() for picture in pictures])
+
+    return Extractor(name, name * 16, "none", features), passes
+
+
+def stop_after(passes: int) -> Callable[[int], None]:
+    def before(done: int) -> None:
+        if done == passes:
+            raise Stopped
+
+    return before
+
+
+def test_a_call_that_was_stopped_goes_on_at_its_last_whole_block(tmp_path):
+    with pytest.raises(Stopped):
+        extract_arrays(IMAGES, [looking(before=stop_after(20))[0]], tmp_path)
+    extractor, passes = looking()
+    found = extract_arrays(IMAGES, [extractor], tmp_path)
+    assert sum(passes) == COUNT - BLOCK, "20 passes of 16 are one block of 256 and a part of the next"
+    np.testing.assert_array_equal(found.features["eye"], EXPECTED)
+    assert found.sizes == {(3, 2)}
+    again, passes = looking()
+    kept = extract_arrays(IMAGES, [again], tmp_path)
+    assert not passes and kept.sizes == {(3, 2)}
+    np.testing.assert_array_equal(kept.features["eye"], EXPECTED)
+
+
+def test_a_further_extractor_looks_alone(tmp_path):
+    extract_arrays(IMAGES, [looking()[0]], tmp_path)
+    (first, looked), (other, looked_too) = looking(), looking("ear")
+    found = extract_arrays(IMAGES, [first, other], tmp_path)
+    assert not looked and sum(looked_too) == COUNT
+    np.testing.assert_array_equal(found.features["ear"], EXPECTED)
+
+
+def test_two_calls_at_once_leave_whole_features_whichever_stops(tmp_path):
+    """The second begins and ends while the first is under way, which then stops: no row that is told is missing."""
+    second, _ = looking()
+
+    def interrupted(done: int) -> None:
+        if done == 10:
+            extract_arrays(IMAGES[::-1][::-1], [second], tmp_path)
+        if done == 18:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        extract_arrays(IMAGES, [looking(before=interrupted)[0]], tmp_path)
+    found = extract_arrays(IMAGES, [looking()[0]], tmp_path)
+    np.testing.assert_array_equal(found.features["eye"], EXPECTED)
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "other", "untold", "nonsense"])
+def test_what_is_no_whole_array_of_these_pictures_is_made_again(tmp_path, damage):
+    extract_arrays(IMAGES, [looking()[0]], tmp_path)
+    (array,), (told,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
+    if damage == "cut":
+        array.write_bytes(array.read_bytes()[:-8])
+    elif damage == "short":
+        np.save(array, EXPECTED[:-1])
+    elif damage == "other":
+        np.save(array, EXPECTED.astype(np.float64))
+    elif damage == "untold":
+        told.unlink()
+    else:
+        told.write_text(json.dumps({"rows": "all"}))
+    extractor, passes = looking()
+    found = extract_arrays(IMAGES, [extractor], tmp_path)
+    assert sum(passes) == COUNT
+    np.testing.assert_array_equal(found.features["eye"], EXPECTED)
+    assert {path.suffix for path in Path(tmp_path).iterdir()} == {".npy", ".json"}
