@@ -72,6 +72,31 @@ def test_distances_and_scores_are_torch_fidelitys():
     assert mine_score == pytest.approx(score["inception_score_mean"], rel=1e-6)
 
 
+def test_distances_of_pictures_are_torch_fidelitys(inception_weights):
+    """From pixels to the numbers: with the published layers to 1e-6, with folded normalisations nearly so."""
+    from torch_fidelity import metric_fid, metric_kid
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    theirs = FeatureExtractorInceptionV3(
+        "inception", ["2048"], feature_extractor_weights_path=str(inception_weights)
+    )
+    real, fake = pictures(48, 7), (0.6 * pictures(48, 8)).to(torch.uint8)
+    with torch.inference_mode():
+        looked = [
+            torch.cat([theirs(each[at : at + 16])[0] for at in range(0, 48, 16)]) for each in (fake, real)
+        ]
+    statistics = [metric_fid.fid_features_to_statistics(each) for each in looked]
+    fid = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    doubles = [each.double() for each in looked]
+    kid = metric_kid.kid_features_to_metric(*doubles, kid_subsets=10, kid_subset_size=30, verbose=False)
+    for as_published, digits in ((True, 1e-6), (False, 1e-5)):
+        network = load_inception(inception_weights, None, as_published=as_published)
+        mine, others = (features(network, each).numpy() for each in (fake, real))
+        assert frechet_distance(moments_of(others), moments_of(mine)).value == pytest.approx(fid, rel=digits)
+        found = kid_of_subsets(others, mine, subsets=10, size=30)
+        assert found.mean == pytest.approx(kid["kernel_inception_distance_mean"], rel=digits)
+
+
 def test_the_distance_of_pictures_is_torchmetrics_without_antialiasing(inception_weights):
     from torchmetrics.image.fid import FrechetInceptionDistance
 

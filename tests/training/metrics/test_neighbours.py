@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
@@ -62,3 +64,14 @@ def test_what_cannot_be_compared_is_refused():
         neighbours(draw(60, 0), draw(60, 1)[:, :3])
     with pytest.raises(ValueError, match="sample 2 hold NaN"):
         neighbours(draw(60, 0), np.where(np.arange(60)[:, None] == 2, np.nan, draw(60, 1)))
+
+
+def test_memory_is_that_of_tiles_and_not_of_all_pairs():
+    """6,000 by 6,000 distances are 288 MB at once; 50,000 by 50,000 would be 20 GB."""
+    rng = np.random.default_rng(0)
+    real, fake = (rng.standard_normal((6000, 4)).astype(np.float32) for _ in range(2))
+    tracemalloc.start()
+    neighbours(real, fake)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 72e6
