@@ -16,7 +16,7 @@ from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from data.lease import Owner, lease, this_process
 from data.manifest import load_snapshot
-from flows import console, embedded_prefect, weights
+from flows import console, embedded_prefect, pins, weights
 from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
 from stages import logs
@@ -44,7 +44,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     pending = [stage for stage in wanted if stage.status == "pending"]
     seconds: dict[str, float] = {}
     if pending:
-        weights.require(pending)
+        weights.require(pending, plan.root)
         refuse_too_few([stage.node for stage in pending], plan.stages[0].node)
         note_start(plan.root, plan.run, [plan])
         try:
@@ -192,7 +192,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
     return StageSpec(
         stage=stage.name,
         config=config.model_dump(mode="json"),
-        inputs=dict(stage.inputs),
+        inputs={role: pins.pinned(plan.root, ref) for role, ref in stage.inputs.items()},
         folder=stage.folder,
         fingerprint=stage.fingerprint,
         fanout=plan.recipe.fanout,
@@ -321,7 +321,7 @@ def _external(plan: Plan) -> dict[str, str]:
     own = {stage.name for stage in plan.stages}
     used = ((role, ref) for stage in plan.stages for role, ref in stage.inputs.items())
     return {
-        role: ref.folder
+        role: pins.pinned(plan.root, ref).folder
         for role, ref in used
         if ref.external or (role in ("clip", "vae") and ref.stage not in own)
     }

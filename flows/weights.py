@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from data.errors import UserError
+from flows import pins
 from flows.plan import PlannedStage
 from stages.contract import InputRef
 from training.encoders import LOADERS
@@ -20,8 +21,8 @@ def external(stages: Iterable[PlannedStage]) -> dict[str, InputRef]:
     return {ref.stage: ref for stage in stages for ref in stage.inputs.values() if ref.external}
 
 
-def require(stages: Iterable[PlannedStage]) -> None:
-    """Loads every encoder that `stages` need once, downloading what a hub name stands for.
+def require(stages: Iterable[PlannedStage], root: str) -> None:
+    """Loads every encoder that `stages` need once, downloading what a hub name stands for; `root` is held to its commit.
 
     Raises UserError saying of each one that cannot be had what to download and where to put it.
     """
@@ -30,14 +31,14 @@ def require(stages: Iterable[PlannedStage]) -> None:
         os.environ["HF_HUB_OFFLINE"] = (
             "1"  # read at the hub library's import; without it each file is retried for a minute
         )
-    problems = [problem for kind, ref in needed.items() if (problem := _problem(kind, ref.folder))]
+    problems = [problem for ref in needed.values() if (problem := _problem(root, ref))]
     if problems:
         raise UserError("; and ".join(problems))
 
 
-def _problem(kind: str, source: str) -> str | None:
+def _problem(root: str, ref: InputRef) -> str | None:
     try:
-        LOADERS[kind](source)
+        LOADERS[ref.stage](pins.hold(root, ref).folder)
     except UserError as error:
         return str(error)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,10 @@ class Workspace:
         return replace(self, fanout=self.fanout.model_copy(update={"num_gpus": 0.0}))
 
 
+_REVISION = re.compile(r"[\w.-]+/[\w.-]+@(.+)")
+"""A hub name with its revision, which is part of what is made from its weights."""
+
+
 class InputRef(Config):
     """Where an input lies. `external`: weights made elsewhere, a folder or a hub name, that have no snapshot."""
 
@@ -104,8 +109,10 @@ class InputRef(Config):
     def open(self) -> Snapshot:
         """The snapshot; raises CorruptArtifact when it is not there any more."""
         if self.external:
+            revision = _REVISION.fullmatch(self.folder)
+            config = {"revision": revision[1]} if revision else {}
             return Snapshot(
-                stage=self.stage, version=0, fingerprint=self.fingerprint, config={}, folder=self.folder
+                stage=self.stage, version=0, fingerprint=self.fingerprint, config=config, folder=self.folder
             )
         snapshot = manifest.load_snapshot(self.folder, self.fingerprint)
         if snapshot is None:

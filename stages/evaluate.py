@@ -166,11 +166,12 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Snapsho
 
 def _weights(config: EvaluateConfig) -> Weights:
     """Where each extractor's weights are, downloaded once here, and whether they are custom."""
-    places = {name: config.weights[extractors.weights_of(name)] for name in config.extractors}
-    return {
-        name: (extractors.secured(extractors.place_of(extractors.weights_of(name), path)), custom)
-        for name, (path, custom) in places.items()
-    }
+    found = {}
+    for name in config.extractors:
+        kind = extractors.weights_of(name)
+        path, custom = config.weights[kind]
+        found[name] = (extractors.secured(kind, extractors.place_of(kind, path)), custom)
+    return found
 
 
 def _tasks(config: EvaluateConfig, inputs: Inputs, parents: dict[str, str]) -> list[ShardTask]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import open_clip_towers, transformers_towers
+from training import hub, open_clip_towers, transformers_towers
 from training.pixels import preprocessed
 from training.pretrained import DTYPES, Precision, frozen, is_open_clip, local_folder, require_uint8
 
@@ -75,7 +76,7 @@ class ClipEncoder:
         """The encoder of `source`.
 
         An open_clip `MODEL/TAG`; a folder in open_clip's local-dir form; a folder of transformers whose config.json has
-        `model_type` clip; or the hub name `OWNER/NAME` of one. Raises UserError when the folder is incomplete, the name
+        `model_type` clip; or the hub name `OWNER/NAME` of one. A name may end in `@REVISION`. Raises UserError when the folder is incomplete, the name
         is unknown, or its weights cannot be downloaded.
         """
         towers = _towers(source, precision)
@@ -150,11 +151,16 @@ class ClipEncoder:
 
 
 def _towers(source: str, precision: Precision) -> Towers:
-    folder = local_folder(source)
-    if folder is not None:
-        if is_open_clip(folder):
-            return open_clip_towers.from_folder(folder)
-        return transformers_towers.load(str(folder), DTYPES[precision], is_folder=True)
-    if _HUB_NAME.fullmatch(source) and not open_clip_towers.knows(source.split("/")[0]):
-        return transformers_towers.load(source, DTYPES[precision], is_folder=False)
-    return open_clip_towers.from_hub(source)
+    folder = local_folder(source) or downloaded(source)
+    if is_open_clip(folder):
+        return open_clip_towers.from_folder(folder)
+    return transformers_towers.load(folder, DTYPES[precision])
+
+
+def downloaded(source: str) -> Path:
+    """The folder of a `MODEL/TAG` or a hub name. Raises UserError when it is neither, or cannot be downloaded."""
+    name, _, revision = source.partition("@")
+    if _HUB_NAME.fullmatch(name) and not open_clip_towers.knows(name.split("/")[0]):
+        return hub.folder(source, "clip")
+    repository = open_clip_towers.repository(name)
+    return hub.folder(f"{repository}@{revision}" if revision else repository, "open_clip")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training.clip_encoder import ClipEncoder
+from training import hub
+from training.clip_encoder import ClipEncoder, downloaded
 from training.pretrained import CLIP_CONFIG, CLIP_WEIGHTS, Precision, weights_digest
 from training.t5_encoder import T5Encoder
 from training.vae_encoder import VaeEncoder
@@ -21,6 +22,7 @@ __all__ = [
     "Precision",
     "T5Encoder",
     "VaeEncoder",
+    "commit_of",
     "weights_digest",
 ]
 
@@ -30,3 +32,12 @@ LOADERS: dict[str, Callable[..., ClipEncoder | T5Encoder | VaeEncoder]] = {
     "vae": VaeEncoder.load,
 }
 """kind -> load(source, device, precision)."""
+
+
+def commit_of(kind: str, source: str) -> str:
+    """The commit of the hub that the name `source` of an encoder of `kind` stands for, downloaded where it is missing.
+
+    Raises UserError when it cannot be had.
+    """
+    found = downloaded(source) if kind == "clip" else hub.folder(source, "t5" if kind == "t5" else "vae")
+    return found.name

@@ -1,28 +1,45 @@
-"""Weights that a download brings: a hub repository as a local folder, a published file as a local path; each only when asked for.
+"""Weights that a download brings: a hub repository as a local folder, a published file as a local path.
 
-hub:OWNER/NAME              what the hub has now; from then on its commit is told
-hub:OWNER/NAME@REVISION     a commit, tag or branch
+OWNER/NAME              what the hub has now; its folder is named by the commit
+OWNER/NAME@REVISION     a commit, tag or branch
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from data.errors import UserError
 
 PREFIX = "hub:"
-_WANTED = ("*.json", "*.safetensors", "merges.txt", "spiece.model")
-"""What transformers, diffusers and open_clip read of a repository; weights that would have to be unpickled stay there."""
+"""What makes a name of what else would be a path, where both may be given."""
+_TRANSFORMERS = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model"
+)  # fmt: skip
+_VAE = ("config.json", "diffusion_pytorch_model.safetensors")
+Kind = Literal["open_clip", "clip", "t5", "vae", "dinov2"]
+FILES: dict[Kind, tuple[str, ...]] = {
+    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "clip": (*_TRANSFORMERS, "preprocessor_config.json", "processor_config.json", *_TOKENIZER),
+    "t5": (*_TRANSFORMERS, *_TOKENIZER),
+    "vae": (*_VAE, *(f"vae/{name}" for name in _VAE)),
+    "dinov2": _TRANSFORMERS,
+}
+"""What is read of a repository of each kind; weights that would have to be unpickled stay there."""
+_SHOWN: dict[Kind, str] = {
+    "open_clip": " and ".join(FILES["open_clip"]),
+    "clip": "config.json, preprocessor_config.json, tokenizer.json and model.safetensors",
+    "t5": "config.json, tokenizer.json, tokenizer_config.json and the *.safetensors weights",
+    "vae": " and ".join(_VAE),
+    "dinov2": "config.json and model.safetensors",
+}
 
 
-def is_named(source: str) -> bool:
-    """Whether `source` names a repository of the hub and no place on this machine."""
-    return source.startswith(PREFIX)
-
-
-def folder(source: str) -> Path:
-    """The folder in the local cache that holds the repository `source`, downloaded where it is missing.
+def folder(source: str, kind: Kind) -> Path:
+    """The folder in the local cache that holds the repository `source`, with `hub:` before it or without, downloaded where it is
+    missing.
 
     Raises UserError when it cannot be had, saying what to copy where.
     """
@@ -31,20 +48,24 @@ def folder(source: str) -> Path:
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
     try:
         found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(_WANTED)
+            repository, revision=revision or None, allow_patterns=list(FILES[kind])
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{source} cannot be downloaded ({_first_line(error)}): on a machine with a network download *.json and "
-            "*.safetensors of that repository into one folder, copy it here and give its path"
+            f"{source} is no folder here and cannot be downloaded ({_first_line(error)}): on a machine with a network download "
+            f"{_SHOWN[kind]} of the hub repository {repository} into one folder, copy it here and give its path"
         ) from error
     return Path(found)
 
 
-def pinned(source: str) -> str:
+def is_named(source: str) -> bool:
+    """Whether `source` is a name with `hub:` before it."""
+    return source.startswith(PREFIX)
+
+
+def pinned(source: str, kind: Kind) -> str:
     """`source` with the commit that it stands for now, so that whoever loads it later gets the same files."""
-    repository = source.partition("@")[0]
-    return f"{repository}@{folder(source).name}"
+    return f"{source.partition('@')[0]}@{folder(source, kind).name}"
 
 
 def file(url: str, sha256: str) -> Path:

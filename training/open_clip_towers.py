@@ -81,26 +81,18 @@ def from_folder(folder: Path) -> OpenClipTowers:
     return _with_tokenizer(open_clip.create_model(f"local-dir:{folder}"))
 
 
-def from_hub(source: str) -> OpenClipTowers:
-    """The CLIP of open_clip's `MODEL/TAG`. Raises UserError when it knows none, or when it cannot be downloaded."""
+def repository(name: str) -> str:
+    """The hub repository of open_clip's `MODEL/TAG`. Raises UserError when it knows none."""
     import open_clip
 
-    model, _, tag = source.rpartition("/")
+    model, _, tag = name.rpartition("/")
     if tag not in open_clip.list_pretrained_tags_by_model(model):
         raise UserError(
-            f"{source!r} is neither a folder nor a MODEL/TAG that open_clip knows, nor OWNER/NAME of a hub repository: "
+            f"{name!r} is neither a folder nor a MODEL/TAG that open_clip knows, nor OWNER/NAME of a hub repository: "
             f"give a folder with {CLIP_CONFIG} and weights, or a name such as ViT-L-14/openai"
         )
-    _require_own_text_tower(open_clip.get_model_config(model)["text_cfg"], source)
-    try:
-        return _with_tokenizer(open_clip.create_model(model, pretrained=tag))
-    except (RuntimeError, OSError) as error:
-        repository = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", source).rstrip("/")
-        raise UserError(
-            f"the weights of {source} cannot be downloaded: on a machine with a network download "
-            f"{CLIP_CONFIG} and {CLIP_WEIGHTS} of the hub repository {repository} into one folder, copy it here and give "
-            "its path"
-        ) from error
+    _require_own_text_tower(open_clip.get_model_config(model)["text_cfg"], name)
+    return open_clip.get_pretrained_cfg(model, tag)["hf_hub"].rstrip("/")
 
 
 def knows(model: str) -> bool:

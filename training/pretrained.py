@@ -102,8 +102,8 @@ def weights_digest(kind: str, source: str) -> str:
     """SHA-256 that identifies the encoder `kind` ("clip", "t5" or "vae") at `source`.
 
     Of a folder: over names and contents of its weights, its config, and the files of its preprocessing and tokenizer, so
-    that a copy has the same digest. Of a hub name: over the name, since planning downloads nothing. Raises UserError
-    when a folder is incomplete.
+    that a copy has the same digest. Of a hub name: over the name, since planning downloads nothing (`flows/pins.py` holds a
+    root to the commit that it stood for at first). Raises UserError when a folder is incomplete.
     """
     folder = vae_folder(source) if kind == "vae" else local_folder(source)
     if folder is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.config import Config
 from data.errors import UserError
+from training import hub
 from training.pretrained import DTYPES, Precision, config_of, frozen, local_folder, require_safetensors
 from training.transformers_towers import padded_tokens, require_any
 
@@ -52,10 +53,9 @@ class T5Encoder:
         In fp16 the layers that overflow stay in fp32, as transformers has it. Raises UserError when the folder is
         incomplete or holds something else, or when the weights cannot be downloaded.
         """
-        folder = local_folder(source)
-        if folder is not None:
-            _require_t5(folder)
-        model, tokenizer = _loaded(source, folder, precision)
+        folder = local_folder(source) or hub.folder(source, "t5")
+        _require_t5(folder)
+        model, tokenizer = _loaded(folder, precision)
         return cls(frozen(model, device), tokenizer, max_length)
 
     @property
@@ -109,19 +109,17 @@ def _require_t5(folder: Path) -> None:
     require_any(folder, "tokenizer", TOKENIZER_FILES)
 
 
-def _loaded(source: str, folder: Path | None, precision: Precision) -> tuple[Any, Any]:
+def _loaded(folder: Path, precision: Precision) -> tuple[Any, Any]:
     import transformers
 
-    options = {"local_files_only": folder is not None}
-    place = str(folder or source)
+    here = {"local_files_only": True}
     try:
         model = transformers.T5EncoderModel.from_pretrained(
-            place, **options, use_safetensors=True, dtype=DTYPES[precision]
+            folder, **here, use_safetensors=True, dtype=DTYPES[precision]
         )
-        return model, transformers.AutoTokenizer.from_pretrained(place, **options, padding_side="right")
+        return model, transformers.AutoTokenizer.from_pretrained(folder, **here, padding_side="right")
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"no T5 can be loaded from {source!r}: on a machine with a network download config.json, tokenizer.json, "
-            "tokenizer_config.json and the *.safetensors weights of a hub repository such as google-t5/t5-small into one "
-            "folder, copy it here and give its path"
+            f"no T5 can be loaded from {folder} ({str(error).splitlines()[0]}): copy config.json, tokenizer.json, "
+            "tokenizer_config.json and the *.safetensors weights of its repository there again"
         ) from error

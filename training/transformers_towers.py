@@ -1,4 +1,4 @@
-"""A CLIP that transformers keeps: a folder or a hub repository whose config.json has `model_type` clip.
+"""A CLIP that transformers keeps: a folder whose config.json has `model_type` clip.
 
 Legend: B batch, L tokens of the longest caption of a batch, W text width.
 """
@@ -64,33 +64,28 @@ class TransformersTowers:
         return self.model.text_projection(output.pooler_output), output.last_hidden_state
 
 
-def load(source: str, dtype: torch.dtype, *, is_folder: bool) -> TransformersTowers:
-    """The CLIP of the folder or hub name `source`.
+def load(folder: Path, dtype: torch.dtype) -> TransformersTowers:
+    """The CLIP of `folder`.
 
-    Raises UserError when a part is missing, when it cannot be downloaded, or when its preprocessing is none that can be
+    Raises UserError when a part is missing or damaged, or when its preprocessing is none that can be
     repeated here: resize the shorter side (or to a square), centre crop, rescale, normalise.
     """
     import transformers
 
-    if is_folder:
-        require_safetensors(Path(source), "transformers CLIP")
-        require_any(Path(source), "preprocessing", PICTURE_FILES)
-        require_any(Path(source), "tokenizer", TOKENIZER_FILES)
+    require_safetensors(folder, "transformers CLIP")
+    require_any(folder, "preprocessing", PICTURE_FILES)
+    require_any(folder, "tokenizer", TOKENIZER_FILES)
+    here = {"local_files_only": True}
     try:
-        model = transformers.CLIPModel.from_pretrained(
-            source, local_files_only=is_folder, use_safetensors=True, dtype=dtype
-        )
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(
-            source, local_files_only=is_folder, padding_side="right"
-        )
-        pictures = transformers.CLIPImageProcessor.from_pretrained(source, local_files_only=is_folder)
+        model = transformers.CLIPModel.from_pretrained(folder, **here, use_safetensors=True, dtype=dtype)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, **here, padding_side="right")
+        pictures = transformers.CLIPImageProcessor.from_pretrained(folder, **here)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no CLIP can be loaded from {source!r}: give a folder, open_clip's MODEL/TAG, or on a machine with a network "
-            "download config.json, preprocessor_config.json, tokenizer.json and model.safetensors of that hub repository "
-            "into one folder, copy it here and give its path"
+            f"no CLIP can be loaded from {folder} ({str(error).splitlines()[0]}): copy config.json, preprocessor_config.json, "
+            "tokenizer.json and model.safetensors of its repository there again"
         ) from error
-    return TransformersTowers(model, tokenizer, _preprocess(pictures, source))
+    return TransformersTowers(model, tokenizer, _preprocess(pictures, str(folder)))
 
 
 def padded_tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from training import hub
 from training.pixels import to_uint8, to_unit_range
 from training.pretrained import (
     CONFIG,
@@ -45,10 +46,10 @@ class VaeEncoder:
         Raises UserError when the folder is incomplete, the class is another, the hub's weights cannot be downloaded, or
         its config says that fp16 is too narrow for it.
         """
-        folder = vae_folder(source)
-        if folder is not None:
-            require_safetensors(folder, "diffusers VAE")
-        vae = _loaded(source, folder, DTYPES[precision])
+        folder = vae_folder(source) or vae_folder(str(hub.folder(source, "vae")))
+        assert folder is not None, "what was downloaded is a folder"
+        require_safetensors(folder, "diffusers VAE")
+        vae = _loaded(folder, DTYPES[precision])
         if precision == "fp16" and getattr(vae.config, "force_upcast", False):
             raise UserError(
                 f"precision=fp16: the config of {source} says that its activations leave the range of fp16 "
@@ -100,17 +101,17 @@ class VaeEncoder:
             )
 
 
-def _loaded(source: str, folder: Path | None, dtype: torch.dtype) -> Any:
+def _loaded(folder: Path, dtype: torch.dtype) -> Any:
     import diffusers
 
-    place, options = folder or source, {"local_files_only": folder is not None}
+    here = {"local_files_only": True}
     try:
-        name = diffusers.AutoencoderKL.load_config(place, **options).get("_class_name", KINDS[0])
+        name = diffusers.AutoencoderKL.load_config(folder, **here).get("_class_name", KINDS[0])
         if name not in KINDS:
-            raise UserError(f"{source} holds a {name}: give a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+            raise UserError(f"{folder} holds a {name}: give a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         return getattr(diffusers, name).from_pretrained(
-            place,
-            **options,
+            folder,
+            **here,
             torch_dtype=dtype,
             use_safetensors=True,
             low_cpu_mem_usage=False,  # the other way needs `accelerate`
@@ -119,7 +120,6 @@ def _loaded(source: str, folder: Path | None, dtype: torch.dtype) -> Any:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no VAE can be loaded from {source!r}: give a diffusers folder, or on a machine with a network download "
-            f"{CONFIG} and diffusion_pytorch_model.safetensors of that hub repository into one folder, copy it here and "
-            "give its path"
+            f"no VAE can be loaded from {folder} ({str(error).splitlines()[0]}): copy {CONFIG} and "
+            "diffusion_pytorch_model.safetensors of its repository there again"
         ) from error

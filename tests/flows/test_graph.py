@@ -65,7 +65,9 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(source):
         ("shard.image_size=33", "needs squares whose side is a multiple of"),
         ("shard.resize=keep_ratio", "needs squares"),
         ("clip.text_width=128", "the prior needs them equal"),
-        ("evaluate.inception=/no/where", "evaluate.inception=/no/where does not exist"),
+        ("evaluate.inception=/no/where", "evaluate.inception=/no/where: nothing lies at /no/where"),
+        ("evaluate.dinov2=/no/where", "or hub to download it, or null for none of its metrics"),
+        ("evaluate.clip=hub", "evaluate.clip=hub: 'hub' names nothing: write hub:OWNER/NAME"),
     ],
 )
 def test_what_a_late_stage_would_refuse_is_refused_at_once(assignment, sentence):

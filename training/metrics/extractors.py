@@ -40,6 +40,7 @@ WEIGHTS = {
 HUB = {"inception": "hub", "clip": "hub:OWNER/NAME", "dinov2": "hub"}
 """What it is written instead of PATH to download the weights."""
 DINOV2 = "hub:facebook/dinov2-large"
+_HUB_KIND: dict[str, hub.Kind] = {"clip": "clip", "dinov2": "dinov2"}
 RESIZE = {
     "inception": "tf1",
     "inception_clean": "clean",
@@ -107,11 +108,11 @@ def place_of(kind: str, source: str) -> str:
     return str(path)
 
 
-def secured(place: str) -> str:
+def secured(kind: str, place: str) -> str:
     """`place`, as `place_of` gives it, once its weights are on this machine; a name of the hub with its commit, so that another
     machine loads the same. Raises UserError when they cannot be downloaded."""
     if hub.is_named(place):
-        return hub.pinned(place)
+        return hub.pinned(place, _HUB_KIND[kind])
     if place == "hub":
         _file(place)
     return place
@@ -170,7 +171,7 @@ def _file(place: str) -> str:
 
 
 def _folder(name: str, path: str) -> str:
-    folder = hub.folder(path) if hub.is_named(path) else local_folder(path)
+    folder = hub.folder(path, _HUB_KIND[name]) if hub.is_named(path) else local_folder(path)
     if folder is None:
         raise UserError(f"{path} is no folder: {name} wants {WEIGHTS[name]}")
     return str(folder)
