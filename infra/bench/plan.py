@@ -1,4 +1,5 @@
-"""How long a plan takes over a large dataset: a store of manifests alone, up to date and with one new shard.
+"""How long a plan takes over a large dataset: a store of manifests alone, of shards, embeddings and latents, up to date and with
+one new shard.
 
 python infra/bench/plan.py [--shards 10000] [--rows-per-shard 10] [--json PATH]
 """
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,20 @@ from flows.assignments import edited
 from flows.graph import prepare_nodes
 from flows.plan import Plan, PlannedStage, make_plan
 from flows.recipes import prepare, with_data
+
+ENCODERS = ("clip.pretrained=ViT-L-14/openai", "vae.pretrained=stabilityai/sd-vae-ft-mse")
+FILES = {
+    "shard": ("{:05d}.tar", "{:05d}.parquet", "{:05d}_stats.json"),
+    "embed": (
+        "img_emb/img_emb_{:05d}.npy",
+        "text_emb/text_emb_{:05d}.npy",
+        "text_hidden/text_hidden_{:05d}.npy",
+        "text_hidden/text_hidden_{:05d}.offsets.npy",
+        "metadata/metadata_{:05d}.parquet",
+    ),
+    "encode": ("vae_moments/vae_moments_{:05d}.npy",),
+}
+"""Stage -> its files of a shard."""
 
 
 def main() -> int:
@@ -61,7 +77,7 @@ def measure(folder: Path, shards: int, per_shard: int) -> dict[str, float]:
     assert not plan.pending
     _write_rows(source, (shards + 1) * per_shard)
     plan, figures["one new shard"] = _timed(source, folder, per_shard)
-    assert plan.stages[0].reason == f"{per_shard:,} new rows in 1 new shard"
+    assert plan.stages[0].reason == f"{per_shard:,} new rows in 1 new shard" and len(plan.pending) == 3
     return figures
 
 
@@ -72,43 +88,63 @@ def _write_rows(path: Path, count: int) -> None:
 
 def _timed(source: Path, folder: Path, per_shard: int) -> tuple[Plan, float]:
     started = time.perf_counter()
-    recipe = with_data(edited(prepare(), [f"shard.samples_per_shard={per_shard}"]), str(source))
+    settings = [*ENCODERS, f"shard.samples_per_shard={per_shard}", "shard.image_size=256"]
+    recipe = with_data(edited(prepare(), settings), str(source))
     plan = make_plan(recipe, prepare_nodes(recipe), str(folder / "runs"))
     return plan, time.perf_counter() - started
 
 
 def _carry_out(plan: Plan, shards: int, per_shard: int) -> None:
-    stage: PlannedStage = plan.stages[0]
+    """Publishes what each stage of `plan` would: manifests of `shards` shards, and no shard."""
+    made: dict[str, Snapshot] = {}
+    for stage in plan.stages:
+        opened = {role: made.get(ref.stage) or ref.open() for role, ref in stage.inputs.items()}
+        parents = {
+            role: Parent(
+                stage=ref.stage, folder=ref.folder, fingerprint=ref.fingerprint, digest=opened[role].digest
+            )
+            for role, ref in stage.inputs.items()
+        }
+        of_source = _known(stage) if stage.node.identities is not None else {}
+        digests = {role: parent.digest for role, parent in parents.items()}
+        snapshot = Snapshot(
+            stage=stage.name,
+            version=stage.node.stage.version,
+            fingerprint=stage.fingerprint,
+            config=result_fields(stage.node.config),
+            parents=parents,
+            shards=tuple(_record(FILES[stage.name], index, per_shard, digests) for index in range(shards)),
+            **of_source,
+            created="2026-01-01T00:00:00+00:00",
+            seconds=1.0,
+        )
+        made[stage.name] = publish_snapshot(stage.folder, snapshot)
+
+
+def _known(stage: PlannedStage) -> dict[str, Any]:
+    """What the snapshot of a source's shards keeps of its rows."""
     assert stage.node.identities is not None
     nothing = growth.nothing_known()
     change = growth.growth(nothing, stage.node.identities)
     assert change is not None
     known = growth.grown(nothing, change, stage.node.identities, [(WRITTEN, "")] * len(change.new))
-    parents: dict[str, Parent] = {}
-    snapshot = Snapshot(
-        stage="shard",
-        version=stage.node.stage.version,
-        fingerprint=stage.fingerprint,
-        config=result_fields(stage.node.config),
-        parents=parents,
-        shards=tuple(_record(index, per_shard) for index in range(shards)),
-        files=(growth.save(stage.folder, stage.fingerprint, known),),
-        facts={"reasons": list(known.reasons)},
-        created="2026-01-01T00:00:00+00:00",
-        seconds=1.0,
-    )
-    publish_snapshot(stage.folder, snapshot)
+    return {
+        "files": (growth.save(stage.folder, stage.fingerprint, known),),
+        "facts": {"reasons": list(known.reasons)},
+    }
 
 
-def _record(index: int, samples: int) -> ShardRecord:
+def _record(names: tuple[str, ...], index: int, samples: int, parents: dict[str, str]) -> ShardRecord:
     files = tuple(
-        FileRecord(path=f"{index:05d}{end}", bytes=1 << 28, sha256=f"{index:064x}")
-        for end in (".tar", ".parquet", "_stats.json")
+        FileRecord(path=name.format(index), bytes=1 << 28, sha256=f"{index:064x}") for name in names
     )
-    ledger = Ledger(written=samples)
-    parents = {"source": f"{index:012x}"}
     return ShardRecord(
-        index=index, samples=samples, keys=f"{index:064x}", files=files, ledger=ledger, parents=parents
+        index=index,
+        samples=samples,
+        keys=f"{index:064x}",
+        files=files,
+        ledger=Ledger(written=samples),
+        parents=parents or {"source": f"{index:012x}"},
     )
 
 
