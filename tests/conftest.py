@@ -145,15 +145,7 @@ def dinov2_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     """A random T5 encoder with a tokenizer of single letters."""
-    import torch
-    import transformers
+    from networks import save_t5
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("t5")
-    letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters]
     sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
-    config = transformers.T5Config(vocab_size=len(vocab), feed_forward_proj="gated-gelu", **sizes)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    transformers.T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder)
-    return folder
+    return save_t5(tmp_path_factory.mktemp("t5"), **sizes)

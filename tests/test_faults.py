@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +33,8 @@ from flows.recipes import prepare, with_data
 from flows.runs import spec_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_lines import CHECKOUT, command, environment
+from command_lines import command
+from processes import finish, kill, launch, open_files, wait_for, workers_below
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -45,8 +45,6 @@ SETTINGS = {
     "shard.encode_format": "png",
     "fanout.stall_seconds": 60,  # a shard takes a second: none for this long is a hang
 }
-DEADLINE = 200.0
-"""Seconds until a run that has begun shows what a test waits for."""
 
 
 @pytest.fixture(scope="module")
@@ -92,47 +90,6 @@ def planned(source: Path, root: object, settings: Mapping[str, Any] | None = Non
     return make_plan(recipe, prepare_nodes(recipe), str(root))
 
 
-def launch(line: list[str], **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        line,
-        env=environment() | variables,
-        cwd=CHECKOUT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(run: subprocess.Popen[str]) -> None:
-    """Waits for a run that has to end well."""
-    try:
-        _, said = run.communicate(timeout=250)
-    finally:
-        kill(run)
-    assert run.returncode == 0, said[-3000:]
-
-
-def kill(run: subprocess.Popen[str]) -> None:
-    """SIGKILL of all that the run started, where any of it lives."""
-    with suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
-
-
-def wait_for(sign: Callable[[], Any], run: subprocess.Popen[str]) -> Any:
-    """What `sign` returns once that is true; the run must not end before, nor wait for ever."""
-    deadline = time.monotonic() + DEADLINE
-    while not (seen := sign()):
-        if run.poll() is not None:
-            pytest.fail(f"the run ended too early: {run.communicate()}")
-        if time.monotonic() > deadline:
-            kill(run)
-            pytest.fail("the run made no progress")
-        time.sleep(0.005)
-    return seen
-
-
 def receipts(root: Path) -> list[Path]:
     return list(root.glob("store/shard/*/_meta/receipts/0*.json"))
 
@@ -166,33 +123,6 @@ def writing(ancestor: int) -> int | None:
             return worker
         os.kill(worker, signal.SIGCONT)
     return None
-
-
-def workers_below(ancestor: int) -> list[int]:
-    """Ray's processes that run shards, among the children of `ancestor` and theirs."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue  # it has ended
-    below, level = [], [ancestor]
-    while level := [pid for pid, parent in parents.items() if parent in level]:
-        below += level
-    return [pid for pid in below if _title(pid).startswith(b"ray::_Worker")]
-
-
-def open_files(pid: int) -> Iterator[str]:
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # it was just closed
-            yield str(descriptor.readlink())
-
-
-def _title(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def test_a_run_killed_twice_with_all_its_processes_ends_with_the_bytes_of_one_worker(
