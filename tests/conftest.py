@@ -105,7 +105,7 @@ def bucket(object_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     filesystem = fsspec.filesystem("s3")
     filesystem.mkdir("pictures")
     yield "s3://pictures"
-    object_store.lag = 0.0
+    object_store.heal()
     filesystem.invalidate_cache()
     filesystem.rm("pictures", recursive=True)
     kind.clear_instance_cache()
