@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -109,6 +110,29 @@ def bucket(object_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     filesystem.invalidate_cache()
     filesystem.rm("pictures", recursive=True)
     kind.clear_instance_cache()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """(mount options) -> a small file system of its own; called again, it is remounted with the new ones."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        if os.path.ismount(place):
+            options = f"remount,{options}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"this machine may not mount a file system of its own: {done.stderr.strip()}")
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("this machine has no mount command")
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

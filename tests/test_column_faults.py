@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
 import signal
@@ -21,11 +23,17 @@ from data.verify import verify
 from flows.plan import Plan
 from flows.planning import prepare_plan
 from flows.runs import spec_of
+from stages.embed import EmbedConfig, Embedding
+from stages.encode import EncodeConfig, Encoding
+from stages.fanout import ShardTask
+from stages.text import Reading, TextConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import networks
+from artifacts import held
 from command_lines import command
 from processes import busy_below, finish, kill, launch, members, wait_for, workers_below
+from stuttering import FAULTS, stuttering
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -44,10 +52,11 @@ class Preparation:
         assignments = [f"{path}={value}" for path, value in self.settings.items()]
         return prepare_plan(str(self.source), assignments=assignments, root=str(root), retry_failed=False)
 
-    def start(self, root: Path, workers: int = 2) -> subprocess.Popen[str]:
+    def start(self, root: object, workers: int = 2, **variables: str) -> subprocess.Popen[str]:
         """`darkroom prepare`."""
         settings = self.settings | {"fanout.num_workers": workers}
-        return launch(command("prepare", str(self.source), "--json", root=root, settings=settings))
+        line = command("prepare", str(self.source), "--json", root=root, settings=settings)  # type: ignore[arg-type]
+        return launch(line, **variables)
 
     def start_stage(self, name: str, root: Path) -> subprocess.Popen[str]:
         """One stage by its spec, by two workers."""
@@ -109,19 +118,6 @@ def receipts(root: Path, stage: str) -> list[Path]:
 
 def times(paths: list[Path]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in paths}
-
-
-def held(root: Path, stage: str) -> dict[str, str]:
-    """name -> SHA-256 of every file of the one artifact of `stage`; of a snapshot, which knows its time, its digest."""
-    (folder,) = (root / "store" / stage).iterdir()
-    names = [entry.name for entry in storage.list_tree(str(folder))]
-    found = {
-        f"{folder.name}/{name}": storage.sha256(str(folder / name))[1]
-        for name in names
-        if not name.startswith(("_meta/lease", "_meta/snapshots"))
-    }
-    made = manifest.snapshots(str(folder))
-    return found | {f"{folder.name}/{snapshot.fingerprint}": snapshot.digest for snapshot in made}
 
 
 def is_under_way(root: Path, stage: str) -> bool:
@@ -188,3 +184,66 @@ def test_prepare_killed_alone_in_each_of_its_stages_ends_with_the_bytes_of_one_r
         assert held(tmp_path, stage) == held(undisturbed, stage), stage
     assert times(list(kept)) == kept
     assert verify(str(tmp_path)).ok
+
+
+def test_an_object_store_that_fails_every_fifth_request_gets_the_bytes_of_a_disk(
+    preparation, undisturbed, tmp_path, bucket, object_store
+):
+    with stuttering(object_store.address) as (address, faults):
+        variables = {"AWS_ENDPOINT_URL": address, "HOME": str(tmp_path)}
+        finish(preparation.start(f"{bucket}/root", **variables))
+    for stage in STAGES:
+        assert held(f"{bucket}/root", stage) == held(undisturbed, stage), stage
+    assert {*FAULTS} <= {*faults}, "it met every kind of fault"
+
+
+# --- disks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def works(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """stage -> its per-shard function, with a small network."""
+    home, (data,) = tmp_path_factory.mktemp("networks"), (undisturbed / "store" / "shard").iterdir()
+    clip = networks.save_clip(home / "clip", image_size=16, vision_layers=1, text_layers=1)
+    vae = networks.save_vae(home / "vae", 8, 8)
+    t5 = networks.save_t5(home / "t5", d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3)
+    return {
+        "embed": Embedding(str(clip), str(data), EmbedConfig(min_clip_score=0.0), 0),
+        "text": Reading(str(t5), str(data), TextConfig(), 0),
+        "encode": Encoding(str(vae), str(data), EncodeConfig()),
+    }
+
+
+@pytest.mark.parametrize("stage", ["embed", "text", "encode"])
+def test_whichever_file_of_a_column_finds_the_disk_full_the_next_attempt_writes_the_same_bytes(
+    undisturbed, works, disk, tmp_path, stage
+):
+    (data,) = (undisturbed / "store" / "shard").iterdir()
+    shard = manifest.load_receipt(str(data), 0)
+
+    def attempt(folder: Path) -> None:
+        record = works[stage](ShardTask(0, shard, {"data": "d"}), str(folder))()
+        manifest.publish_receipt(str(folder), record)
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        found = storage.list_tree(str(folder)) if folder.exists() else []
+        return {entry.name: (folder / entry.name).read_bytes() for entry in found}
+
+    attempt(tmp_path / "roomy")
+    whole, finished = contents(tmp_path / "roomy"), set[int]()
+    for room in itertools.count(1):
+        folder = disk(f"size={4096 * room}") / f"{room}"
+        try:
+            attempt(folder)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        left = contents(folder)
+        assert left.items() <= whole.items() and not [*folder.rglob(".tmp-*")], "whole files and no draft"
+        finished.add(len(left))
+        disk("size=8m")
+        attempt(folder)
+        assert contents(folder) == whole
+        shutil.rmtree(folder)
+    later = set(range(1, len(whole)))
+    assert finished >= later, "each file in turn was the one without room; the first may fit a page"
