@@ -69,9 +69,14 @@ def members(group: int) -> list[int]:
     return [pid for pid, fields in _processes() if int(fields[2]) == group and fields[0] != "Z"]
 
 
-def busy_below(ancestor: int) -> list[int]:
-    """The pids of those workers below `ancestor` that compute a shard at this moment."""
-    return [pid for pid in workers_below(ancestor) if _title(pid).startswith(b"ray::_Worker.run")]
+def stopped_at_work(ancestor: int) -> int | None:
+    """The pid of a worker below `ancestor` that computes a shard; it is stopped there. None while there is no such worker."""
+    for worker in workers_below(ancestor):
+        os.kill(worker, signal.SIGSTOP)
+        if _title(worker).startswith(b"ray::_Worker.run"):
+            return worker
+        os.kill(worker, signal.SIGCONT)
+    return None
 
 
 def workers_below(ancestor: int) -> list[int]:

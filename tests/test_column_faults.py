@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import networks
 from artifacts import held
 from command_lines import command
-from processes import busy_below, finish, kill, launch, members, wait_for, workers_below
+from processes import finish, kill, launch, members, stopped_at_work, wait_for, workers_below
 from stuttering import FAULTS, stuttering
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -58,14 +58,14 @@ class Preparation:
         line = command("prepare", str(self.source), "--json", root=root, settings=settings)  # type: ignore[arg-type]
         return launch(line, **variables)
 
-    def start_stage(self, name: str, root: Path) -> subprocess.Popen[str]:
+    def start_stage(self, name: str, root: Path, *options: str) -> subprocess.Popen[str]:
         """One stage by its spec, by two workers."""
         plan = self.plan(root)
         (stage,) = [stage for stage in plan.stages if stage.name == name]
         spec = spec_of(plan, stage)
         fanout = spec.fanout.model_copy(update={"num_workers": 2})
         (root / "spec.json").write_text(spec.model_copy(update={"fanout": fanout}).model_dump_json())
-        return launch([sys.executable, "-m", "stages", str(root / "spec.json")])
+        return launch([sys.executable, "-m", "stages", str(root / "spec.json"), *options])
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +131,23 @@ def is_under_way(root: Path, stage: str) -> bool:
 def test_a_worker_killed_in_the_middle_of_a_shard_changes_no_byte(preparation, undisturbed, root, stage):
     run = preparation.start_stage(stage, root)
     wait_for(lambda: is_under_way(root, stage), run)
-    os.kill(wait_for(lambda: busy_below(run.pid), run)[0], signal.SIGKILL)
+    os.kill(wait_for(lambda: stopped_at_work(run.pid), run), signal.SIGKILL)
     assert "its worker died" in finish(run)
     assert held(root, stage) == held(undisturbed, stage)
     assert not list(root.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("stage", ["embed", "text", "encode"])
+def test_a_node_killed_in_the_middle_of_a_shard_changes_no_byte(preparation, undisturbed, root, nodes, stage):
+    (node,) = nodes.worker_nodes
+    raylet = node.all_processes["raylet"][0].process
+    run = preparation.start_stage(stage, root, f"--address={nodes.address}")
+    wait_for(lambda: is_under_way(root, stage), run)
+    worker = wait_for(lambda: stopped_at_work(raylet.pid), run)
+    os.kill(raylet.pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    assert "its worker died" in finish(run)
+    assert held(root, stage) == held(undisturbed, stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -145,7 +158,7 @@ def test_a_driver_killed_alone_leaves_no_worker_and_the_next_makes_what_is_missi
     if stage == "shard":
         shutil.rmtree(root / "store")
     run = preparation.start_stage(stage, root)
-    wait_for(lambda: is_under_way(root, stage) and busy_below(run.pid), run)
+    wait_for(lambda: is_under_way(root, stage), run)
     workers = workers_below(run.pid)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()

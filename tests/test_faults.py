@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -142,26 +142,6 @@ def test_a_worker_killed_in_the_middle_of_a_shard_changes_no_byte(survived, undi
 
 def test_the_draft_of_a_killed_worker_does_not_stay(survived):
     assert drafts(survived) == []
-
-
-@pytest.fixture
-def nodes(monkeypatch) -> Iterator[Any]:
-    """A Ray cluster of two nodes with a CPU each, which misses a dead one within seconds."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
-
-    health = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_failure_threshold": 4,
-    }
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def test_a_node_killed_in_the_middle_of_a_shard_changes_no_byte(pictures, undisturbed, tmp_path, nodes):
