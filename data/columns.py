@@ -100,6 +100,16 @@ def write_metadata(folder: str, index: int, keys: Sequence[str], captions: Seque
     return publish(folder, f"metadata/metadata_{index:05d}.parquet", parquet_bytes(table))
 
 
+def read_keys(folder: str, index: int) -> list[str]:
+    """The sample keys of one shard by its metadata, in order. Raises FileNotFoundError, and CorruptArtifact for another file."""
+    url = storage.join(folder, f"metadata/metadata_{index:05d}.parquet")
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=["image_path"])
+    except pa.ArrowException as error:
+        raise CorruptArtifact(f"{url} is no metadata: {str(error).splitlines()[0]}") from error
+    return table["image_path"].to_pylist()
+
+
 def parquet_bytes(table: pa.Table) -> bytes:
     """The table as a Parquet file; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()

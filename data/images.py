@@ -5,7 +5,9 @@ What happens to unusual pictures, as rules:
     name of the file     never believed: the format is read from the first bytes
     EXIF orientation     applied
     alpha, transparency  composited on white, before resizing
-    palette, gray, CMYK  to RGB by Pillow's conversion; an embedded colour profile is not applied
+    palette, gray, CMYK  to RGB by Pillow's conversion
+    ICC profile          not applied, be it a camera's of wide gamut or a press's: the numbers are what is learnt from, as
+                         with img2dataset; it stays in an original that passes through, and in no other picture
     16-bit gray          v / 257, rounded, so that 65535 becomes 255; wider integers are clipped to 16 bits first
     16-bit RGB           the high byte of each sample
     animation, pages     the first frame

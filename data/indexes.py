@@ -3,6 +3,7 @@
     wids      _index/wids.json        random access by position: wids-shard-index-v1
     sizes     _index/sizes.json       samples of each tar: open_clip and datacomp's resharder look for it beside the tars
     energon   .nv-meta/, *.tar.idx    what `energon prepare` makes, but for its database of keys
+    kept      _index/kept.txt         of embeddings: the keys of the pairs that `embed.min_clip_score` keeps, one a line
 
 None of them lies beside the shards as a `*.json`: img2dataset takes every such file for a finished shard of its own. Each
 describes the newest state of the data set; after it grew, it is made again.
@@ -17,9 +18,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from data import storage
+from data import columns, storage
 from data.checksums import BLOCK
-from data.errors import UserError
+from data.errors import CorruptArtifact, UserError
 from data.inventory import artifact_folders, inventory
 from data.manifest import FileRecord, ShardRecord, Snapshot
 from data.tars import ShardReader, members_between
@@ -29,26 +30,30 @@ FOLDER = "_index"
 
 
 def write_index(uri: str, kind: str, out: str | None = None) -> str:
-    """Writes the index `kind` of the data set at `uri` and returns where it lies.
+    """Writes the index `kind` of the data set at `uri`, or of the embeddings there, and returns where it lies.
 
-    `uri` is a shard artifact's folder, or a root or store with one alone. Raises UserError when there is none or more
-    than one, for a kind that is not in `KINDS`, and for an `out` that the index's readers would not find.
+    `uri` is the artifact's folder, or a root or store with one alone. Raises UserError when there is none or more than one,
+    for a kind that is not in `KINDS`, and for an `out` that the index's readers would not find; CorruptArtifact and
+    FileNotFoundError for files that are not as they were written.
     """
     if kind not in KINDS:
         raise UserError(f"there is no index of the kind {kind}; give one of {', '.join(KINDS)}")
-    return KINDS[kind](dataset(uri), out)
+    return KINDS[kind](dataset(uri, "kept" if kind == "kept" else "image"), out)
 
 
-def dataset(uri: str) -> Snapshot:
-    """The newest state of the one data set at or below `uri`. Raises as `write_index` does."""
+def dataset(uri: str, column: str = "image") -> Snapshot:
+    """The newest state of the one artifact with `column` at or below `uri`. Raises UserError as `write_index` does."""
     found = [inventory(folder)[0].newest for folder in artifact_folders(uri.rstrip("/"))]
-    made = [snapshot for snapshot in found if snapshot and "image" in snapshot.columns]
+    made = [snapshot for snapshot in found if snapshot and column in snapshot.columns]
     if len(made) != 1:
         there = (
             f"there are {', '.join(s.folder for s in made)}: give one of them" if made else "there is none"
         )
-        raise UserError(f"{uri} should hold one sharded data set; {there}")
+        raise UserError(f"{uri} should hold one {_NAMES[column]}; {there}")
     return made[0]
+
+
+_NAMES = {"image": "sharded data set", "kept": "set of embeddings made with embed.min_clip_score"}
 
 
 def write_wids(data: Snapshot, out: str | None = None) -> str:
@@ -111,16 +116,35 @@ def write_energon(data: Snapshot, out: str | None = None) -> str:
     return data.folder
 
 
+def write_kept(embedded: Snapshot, out: str | None = None) -> str:
+    """`kept.txt`, for readers that know nothing of the column `kept`: the keys of the pairs that are in it. Returns its place."""
+    path = storage.join(out or storage.join(embedded.folder, FOLDER), "kept.txt")
+    keys = (key for shard in embedded.shards for key in _kept_keys(embedded.folder, shard))
+    storage.write_bytes(path, "".join(f"{key}\n" for key in keys).encode())
+    return path
+
+
 KINDS: dict[str, Callable[[Snapshot, str | None], str]] = {
     "wids": write_wids,
     "sizes": write_sizes,
     "energon": write_energon,
+    "kept": write_kept,
 }
 
 
 def _tars(data: Snapshot) -> list[tuple[ShardRecord, FileRecord]]:
     """Each shard that has samples, with its tar."""
     return [(shard, shard.file(f"{shard.index:05d}.tar")) for shard in data.shards if shard.samples]
+
+
+def _kept_keys(folder: str, shard: ShardRecord) -> list[str]:
+    keys, kept = (
+        columns.read_keys(folder, shard.index),
+        columns.open_array(folder, "kept", shard.index),
+    )
+    if len(keys) != len(kept):
+        raise CorruptArtifact(f"{folder}: shard {shard.index:05d} has {len(keys)} keys and {len(kept)} marks")
+    return [key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept]
 
 
 def _md5(data: Snapshot, tar: FileRecord) -> str:

@@ -24,7 +24,7 @@ Finding = tuple[str, str]
 """(path of the file in the artifact's folder, what is wrong)."""
 Span = tuple[str, str, str]
 """(least key, greatest key, path of the tar that has them)."""
-ROW_ALIGNED = frozenset({"img_emb", "text_emb", "text_hidden", "t5_hidden", "vae_moments"})
+ROW_ALIGNED = frozenset({"img_emb", "text_emb", "text_hidden", "kept", "t5_hidden", "vae_moments"})
 """Columns with one row per sample of the shard that they were made from."""
 
 

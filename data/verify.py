@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+from pydantic import Field
 
 from data import joins, storage
 from data.checksums import Checksum, checksum_of
@@ -27,6 +29,20 @@ Progress = Callable[[int, int], None]
 """(bytes read, bytes in all)."""
 
 
+class Checked(Config):
+    """What was looked at of one stage: files are read whole, shards are those of the newest state of each artifact."""
+
+    stage: str
+    artifacts: int
+    shards: int
+    samples: int
+    files: int
+    bytes: int
+    left_out: int = Field(
+        0, description="samples that are there and passed over, such as those of a low CLIP score"
+    )
+
+
 class Verdict(Config):
     """What was found. The ledger is that of the shards of source rows, of each data set's newest state."""
 
@@ -36,6 +52,7 @@ class Verdict(Config):
     filtered: int
     failed: int
     problems: tuple[Problem, ...]
+    checked: tuple[Checked, ...] = Field((), exclude=True, description="by stage; not part of its JSON")
 
 
 def verify(uri: str, progress: Progress = lambda *_: None) -> Verdict:
@@ -58,6 +75,7 @@ def verify(uri: str, progress: Progress = lambda *_: None) -> Verdict:
         filtered=sum(ledger.filtered.values()),
         failed=sum(ledger.failed.values()),
         problems=tuple(problems),
+        checked=tuple(_checked(artifacts)),
     )
 
 
@@ -86,6 +104,24 @@ def _artifacts(uri: str) -> tuple[list[Artifact], list[Problem]]:
         )
     found = [inventory(folder) for folder in dict.fromkeys(folders)]
     return [artifact for artifact, _ in found], [*problems, *(p for _, told in found for p in told)]
+
+
+def _checked(artifacts: Sequence[Artifact]) -> Iterator[Checked]:
+    """What there was to check of each stage, in the order in which it was."""
+    for stage in dict.fromkeys(a.newest.stage for a in artifacts if a.newest):
+        made = [(a, a.newest) for a in artifacts if a.newest and a.newest.stage == stage]
+        records = [record for artifact, _ in made for record in _records(artifact)]
+        shards = [shard for _, newest in made for shard in newest.shards]
+        passed_over = 0 if stage == "shard" else sum(sum(s.ledger.filtered.values()) for s in shards)
+        yield Checked(
+            stage=stage,
+            artifacts=len(made),
+            shards=len(shards),
+            samples=sum(shard.samples for shard in shards),
+            files=len(records),
+            bytes=sum(record.bytes for record in records),
+            left_out=passed_over,
+        )
 
 
 def _records(artifact: Artifact) -> list[FileRecord]:

@@ -88,8 +88,15 @@ def parser() -> argparse.ArgumentParser:
     index = _command(
         commands, "index", "write the index that another reader wants beside the shards of a data set"
     )
-    index.add_argument("uri", metavar="URI", help="the folder of a shard artifact")
-    index.add_argument("--kind", required=True, choices=("wids", "sizes", "energon"), help="whose index")
+    index.add_argument(
+        "uri", metavar="URI", help="the folder of a shard artifact, of an embed artifact for kept"
+    )
+    index.add_argument(
+        "--kind",
+        required=True,
+        choices=("wids", "sizes", "energon", "kept"),
+        help="whose index; kept: the keys that embed.min_clip_score keeps, one a line, for any reader",
+    )
     index.add_argument(
         "--out",
         metavar="DIR",

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from data.verify import Checked
 from stages import logs
 
 PIPE_WIDTH = 120
@@ -202,6 +203,20 @@ def _progress(row: Mapping[str, Any]) -> str:
     if row["builder"] and row["changed"]:
         told.append(f"changed {max(0.0, time.time() - row['changed']):.0f} s ago")
     return ", ".join(told)
+
+
+def checked_lines(checked: Sequence[Checked]) -> Iterator[str]:
+    """What `verify` looked at, a line for each stage."""
+    for stage in checked:
+        line = f"{stage.stage}: {stage.artifacts} {_of(stage.artifacts, 'artifact')}, {stage.files} {_of(stage.files, 'file')}"
+        line += f", {size(stage.bytes)}"
+        if stage.shards:
+            line += f", {stage.shards} {_of(stage.shards, 'shard')} of {stage.samples} samples"
+        yield line + (f", {stage.left_out} of them marked as left out" if stage.left_out else "")
+
+
+def _of(count: int, what: str) -> str:
+    return what if count == 1 else f"{what}s"
 
 
 def size(count: float) -> str:

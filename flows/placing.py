@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
@@ -59,13 +59,13 @@ def of_shards(node: Node, root: str) -> Place:
     found = list(_candidates(stage, family, node.identities, config.source.path))
     tips = [c for c in found if c.is_tip]
     if config.retry_failed and (retried := _retried(tips, node.identities)):
-        return _extended(node, retried, retry_failed=True)
+        return _extended(node, *retried)
     if complete := [c for c in found if c.is_complete]:
         recorded = {
             name: complete[-1].made.config[name] for name in ("source_digest", "after", "retry_failed")
         }
         return Place(complete[-1].made.folder, _with(node, **recorded))
-    return _extended(node, max(tips, key=lambda c: len(c.known.rows)), retry_failed=False) if tips else new
+    return _extended(node, _largest(tips)) if tips else new
 
 
 def of_columns(node: Node, root: str, inputs: Mapping[str, InputRef], data: Place) -> Place:
@@ -92,25 +92,34 @@ def _candidates(stage: str, family: str, identities: np.ndarray, source: str | N
                 yield _Candidate(snapshot, known, change, snapshot is made[-1])
 
 
-def _retried(tips: list[_Candidate], identities: np.ndarray) -> _Candidate | None:
-    """The tip that has all rows, with those that may be attempted again as its change; None where there is no such row."""
-    for tip in tips:
-        if tip.is_complete and len(rows := again(tip.known)):
-            change = growth.growth(tip.known, identities, rows)
-            assert change is not None
-            return replace(tip, change=change)
+def _retried(tips: Sequence[_Candidate], identities: np.ndarray) -> tuple[_Candidate, int] | None:
+    """The tip to extend, with those rows that may be attempted again among what is new, and how many of them there are.
+
+    One that has all rows of the source where there is any, else the largest. None where there is no row to attempt again.
+    """
+    complete = [tip for tip in tips if tip.is_complete]
+    for tip in complete or ([_largest(tips)] if tips else []):
+        change = growth.growth(tip.known, identities, again(tip.known))
+        assert change is not None
+        if retried := len(change.new) - len(tip.change.new):
+            return replace(tip, change=change), retried
     return None
 
 
-def _extended(node: Node, tip: _Candidate, *, retry_failed: bool) -> Place:
+def _largest(tips: Sequence[_Candidate]) -> _Candidate:
+    return max(tips, key=lambda tip: len(tip.known.rows))
+
+
+def _extended(node: Node, tip: _Candidate, retried: int = 0) -> Place:
+    """The place of what comes behind `tip`: new rows, and `retried` others that failed."""
     rows = len(tip.change.new)
     shards = ceil(rows / node.config.shard.samples_per_shard)
-    what = _count(
-        rows, "failed row is attempted again" if rows == 1 else "failed rows are attempted again", ""
-    )
-    if not retry_failed:
-        what = _count(rows, "new row")
-    after = _with(node, after=tip.made.fingerprint, retry_failed=retry_failed)
+    what = _count(rows - retried, "new row")
+    if retried == rows:
+        what = f"{_count(rows, 'failed row')} {'is' if rows == 1 else 'are'} attempted again"
+    elif retried:
+        what += f" and {_count(retried, 'failed row')}, attempted again,"
+    after = _with(node, after=tip.made.fingerprint, retry_failed=bool(retried))
     return Place(tip.made.folder, after, shards, f"{what} in {_count(shards, 'new shard')}")
 
 
@@ -139,5 +148,5 @@ def _told_what_to_do(folder: str) -> Iterator[None]:
         ) from error
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -105,10 +106,53 @@ def bucket(object_store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     filesystem = fsspec.filesystem("s3")
     filesystem.mkdir("pictures")
     yield "s3://pictures"
-    object_store.lag = 0.0
+    object_store.heal()
     filesystem.invalidate_cache()
     filesystem.rm("pictures", recursive=True)
     kind.clear_instance_cache()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """(mount options) -> a small file system of its own; called again, it is remounted with the new ones."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        if os.path.ismount(place):
+            options = f"remount,{options}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"this machine may not mount a file system of its own: {done.stderr.strip()}")
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("this machine has no mount command")
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes with a CPU each, which misses a dead one within seconds."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    health = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_failure_threshold": 4,
+    }
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -145,15 +189,7 @@ def dinov2_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory) -> Path:
     """A random T5 encoder with a tokenizer of single letters."""
-    import torch
-    import transformers
+    from networks import save_t5
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("t5")
-    letters = [(chr(c), -2.0) for c in range(ord("a"), ord("z") + 1)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *letters]
     sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
-    config = transformers.T5Config(vocab_size=len(vocab), feed_forward_proj="gated-gelu", **sizes)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    transformers.T5Tokenizer(vocab=vocab, extra_ids=0).save_pretrained(folder)
-    return folder
+    return save_t5(tmp_path_factory.mktemp("t5"), **sizes)

@@ -13,13 +13,19 @@ from urllib.parse import unquote
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
+_REFUSAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>no</Message></Error>"
+
 
 class ObjectStore:
-    """An S3 server that forgets everything at the end; `lag`: seconds until listings show what was written."""
+    """An S3 server that forgets everything at the end.
+
+    `lag`: seconds until listings show what was written. `refuses`: (method, bucket/key) -> whether the answer is a 500; it
+    may wait.
+    """
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.WARNING)
-        self.lag = 0.0
+        self.heal()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._turn = threading.Lock()
         self._written: dict[str, float] = {}
@@ -27,6 +33,11 @@ class ObjectStore:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def heal(self) -> None:
+        """Makes it a server without faults."""
+        self.lag = 0.0
+        self.refuses: Callable[[str, str], bool] = lambda *_: False
 
     def stop(self) -> None:
         """Ends the server and waits for it."""
@@ -36,6 +47,9 @@ class ObjectStore:
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         answer: list[Any] = []
+        if self.refuses(environ["REQUEST_METHOD"], unquote(environ["PATH_INFO"]).lstrip("/")):
+            start_response("500 Internal Server Error", [("Content-Length", str(len(_REFUSAL)))])
+            return [_REFUSAL]
 
         def start(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
             answer[:] = [status, headers]

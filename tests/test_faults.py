@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import growth, manifest, sources, storage
+from data import growth, manifest, sources
 from data.manifest import Snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import SourceConfig
@@ -34,19 +29,22 @@ from flows.recipes import prepare, with_data
 from flows.runs import spec_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_lines import CHECKOUT, command, environment
+from artifacts import held
+from command_lines import command
+from processes import finish, kill, launch, open_files, wait_for, workers_below
+from stuttering import FAULTS, stuttering
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PICTURES, SHARDS = 60, 10
+PAGE = 4096
+"""Bytes that a file on a tmpfs takes at least."""
 SETTINGS = {
     "shard.samples_per_shard": PICTURES // SHARDS,
     "shard.image_size": 256,
     "shard.encode_format": "png",
     "fanout.stall_seconds": 60,  # a shard takes a second: none for this long is a hang
 }
-DEADLINE = 200.0
-"""Seconds until a run that has begun shows what a test waits for."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def undisturbed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     """What one worker makes of them when nothing happens."""
     root = tmp_path_factory.mktemp("undisturbed")
     finish(start(pictures, root, workers=1))
-    found = held(root)
+    found = held(root, "shard")
     assert len([name for name in found if name.endswith(".tar")]) == SHARDS
     return found
 
@@ -92,63 +90,8 @@ def planned(source: Path, root: object, settings: Mapping[str, Any] | None = Non
     return make_plan(recipe, prepare_nodes(recipe), str(root))
 
 
-def launch(line: list[str], **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        line,
-        env=environment() | variables,
-        cwd=CHECKOUT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(run: subprocess.Popen[str]) -> None:
-    """Waits for a run that has to end well."""
-    try:
-        _, said = run.communicate(timeout=250)
-    finally:
-        kill(run)
-    assert run.returncode == 0, said[-3000:]
-
-
-def kill(run: subprocess.Popen[str]) -> None:
-    """SIGKILL of all that the run started, where any of it lives."""
-    with suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
-
-
-def wait_for(sign: Callable[[], Any], run: subprocess.Popen[str]) -> Any:
-    """What `sign` returns once that is true; the run must not end before, nor wait for ever."""
-    deadline = time.monotonic() + DEADLINE
-    while not (seen := sign()):
-        if run.poll() is not None:
-            pytest.fail(f"the run ended too early: {run.communicate()}")
-        if time.monotonic() > deadline:
-            kill(run)
-            pytest.fail("the run made no progress")
-        time.sleep(0.005)
-    return seen
-
-
 def receipts(root: Path) -> list[Path]:
     return list(root.glob("store/shard/*/_meta/receipts/0*.json"))
-
-
-def held(root: object) -> dict[str, str]:
-    """name -> SHA-256 of every file of the one shard artifact; of a snapshot, which knows its time, its digest."""
-    stage = storage.join(str(root), "store", "shard")
-    (name,) = storage.list_folders(stage)
-    folder = storage.join(stage, name)
-    names = [entry.name for entry in storage.list_tree(folder)]
-    found = {
-        f"{name}/{file}": storage.sha256(storage.join(folder, file))[1]
-        for file in names
-        if not file.startswith(("_meta/lease", "_meta/snapshots"))
-    }
-    return found | {f"{name}/{made.fingerprint}": made.digest for made in manifest.snapshots(folder)}
 
 
 def drafts(root: Path) -> list[Path]:
@@ -168,33 +111,6 @@ def writing(ancestor: int) -> int | None:
     return None
 
 
-def workers_below(ancestor: int) -> list[int]:
-    """Ray's processes that run shards, among the children of `ancestor` and theirs."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue  # it has ended
-    below, level = [], [ancestor]
-    while level := [pid for pid, parent in parents.items() if parent in level]:
-        below += level
-    return [pid for pid in below if _title(pid).startswith(b"ray::_Worker")]
-
-
-def open_files(pid: int) -> Iterator[str]:
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # it was just closed
-            yield str(descriptor.readlink())
-
-
-def _title(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def test_a_run_killed_twice_with_all_its_processes_ends_with_the_bytes_of_one_worker(
     pictures, undisturbed, tmp_path
 ):
@@ -206,7 +122,7 @@ def test_a_run_killed_twice_with_all_its_processes_ends_with_the_bytes_of_one_wo
         assert wanted <= len(receipts(tmp_path)) < SHARDS, "it was killed in the middle of its work"
         kept |= {path: path.stat().st_mtime_ns for path in receipts(tmp_path)}
     finish(start(pictures, tmp_path, workers=4))
-    assert held(tmp_path) == undisturbed
+    assert held(tmp_path, "shard") == undisturbed
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing was made twice"
 
 
@@ -221,31 +137,11 @@ def survived(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_changes_no_byte(survived, undisturbed):
-    assert held(survived) == undisturbed
+    assert held(survived, "shard") == undisturbed
 
 
 def test_the_draft_of_a_killed_worker_does_not_stay(survived):
     assert drafts(survived) == []
-
-
-@pytest.fixture
-def nodes(monkeypatch) -> Iterator[Any]:
-    """A Ray cluster of two nodes with a CPU each, which misses a dead one within seconds."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
-
-    health = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_failure_threshold": 4,
-    }
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def test_a_node_killed_in_the_middle_of_a_shard_changes_no_byte(pictures, undisturbed, tmp_path, nodes):
@@ -257,32 +153,10 @@ def test_a_node_killed_in_the_middle_of_a_shard_changes_no_byte(pictures, undist
     with suppress(ProcessLookupError):
         os.kill(worker, signal.SIGCONT)
     finish(run)
-    assert held(tmp_path) == undisturbed
+    assert held(tmp_path, "shard") == undisturbed
 
 
 # --- disks ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """(pages of 4 KiB) -> a file system of its own with so much room; called again, it gets more or less."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(pages: int) -> Path:
-        options = f"size={pages * 4096}"
-        options = f"remount,{options}" if os.path.ismount(place) else options
-        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        done = subprocess.run(line, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"this machine may not mount a file system of its own: {done.stderr.strip()}")
-        return place
-
-    if shutil.which("mount") is None:
-        pytest.skip("this machine has no mount command")
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_whichever_file_of_a_shard_finds_the_disk_full_the_next_attempt_writes_the_same_bytes(
@@ -303,7 +177,7 @@ def test_whichever_file_of_a_shard_finds_the_disk_full_the_next_attempt_writes_t
     whole = _contents(tmp_path / "roomy")
     finished: set[int] = set()
     for pages in itertools.count(1):
-        folder = disk(pages) / f"{pages}"
+        folder = disk(f"size={pages * PAGE}") / f"{pages}"
         try:
             attempt(folder)
             break
@@ -312,7 +186,7 @@ def test_whichever_file_of_a_shard_finds_the_disk_full_the_next_attempt_writes_t
         left = _contents(folder)
         assert left.items() <= whole.items() and not list(folder.rglob(".tmp-*")), "whole files and no draft"
         finished.add(len(left))
-        disk(1000)
+        disk(f"size={1000 * PAGE}")
         attempt(folder)
         assert _contents(folder) == whole
         shutil.rmtree(folder)
@@ -356,7 +230,7 @@ def test_a_picture_that_vanishes_during_the_run_is_a_failed_row_and_a_new_one_wh
     assert "no file at the place" in row["error_message"]
     complete = tuple(f"{Path(listed.folder).name}/{index:05d}" for index in range(SHARDS - 1))
     shards = {name: digest for name, digest in undisturbed.items() if name.startswith(complete)}
-    assert len(shards) == 3 * (SHARDS - 1) and shards.items() <= held(root).items(), (
+    assert len(shards) == 3 * (SHARDS - 1) and shards.items() <= held(root, "shard").items(), (
         "the others are untouched"
     )
 
@@ -369,104 +243,11 @@ def test_a_picture_that_vanishes_during_the_run_is_a_failed_row_and_a_new_one_wh
 # --- object stores -------------------------------------------------------------------------------------------------
 
 
-FAULTS = ("cut", "refused", "dropped", "unanswered")
-"""Half of an answer, one that is an error, none without the request having been heard, and none though it was."""
-
-
-class Stuttering(BaseHTTPRequestHandler):
-    """Passes requests on to a server; every `every`-th one meets a fault, of all kinds in turn."""
-
-    protocol_version = "HTTP/1.1"
-    upstream: ClassVar[str]
-    every: ClassVar[int] = 5
-    numbers: ClassVar[Iterator[int]]
-    kinds: ClassVar[dict[str, Iterator[str]]]
-    """Of requests whose answers can be cut, and of others."""
-    faults: ClassVar[dict[str, int]]
-
-    def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        kinds = self.kinds["GET" if self.command == "GET" else "others"]
-        fault = next(kinds) if next(self.numbers) % self.every == 0 else ""
-        self.faults[fault] = self.faults.get(fault, 0) + 1
-        if fault == "refused":
-            self.reply(500, {}, b"<Error><Code>InternalError</Code></Error>")
-        elif fault != "dropped":
-            answer = self.passed_on(body)
-            if fault != "unanswered":
-                self.reply(*answer, half=fault == "cut")
-        self.close_connection = self.close_connection or bool(fault)
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
-
-    def passed_on(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        upstream = http.client.HTTPConnection(self.upstream, timeout=30)
-        try:
-            upstream.request(self.command, self.path, body, dict(self.headers))
-            answer = upstream.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
-        finally:
-            upstream.close()
-
-    def reply(self, status: int, headers: Mapping[str, str], payload: bytes, *, half: bool = False) -> None:
-        self.send_response_only(status)
-        length = {"Content-Length": str(len(payload))}
-        hop = ("connection", "transfer-encoding")
-        for name, value in (length | dict(headers)).items():
-            if name.lower() not in hop:
-                self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(payload[: len(payload) // 2] if half else payload)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket of a sound server, which `Stuttering` is told of."""
-    moto_server = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    Stuttering.upstream, Stuttering.faults = f"{host}:{port}", {}
-    Stuttering.numbers = itertools.count(1)
-    Stuttering.kinds = {"GET": itertools.cycle(FAULTS), "others": itertools.cycle(FAULTS[1:])}
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "nothing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("shards")
-    yield "s3://shards"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
-
-
 def test_an_object_store_that_fails_every_fifth_request_gets_the_bytes_of_a_disk(
-    pictures, undisturbed, tmp_path, bucket
+    pictures, undisturbed, tmp_path, bucket, object_store
 ):
-    with serving(Stuttering) as proxy:
-        variables = {"AWS_ENDPOINT_URL": f"http://{proxy}", "HOME": str(tmp_path)}
+    with stuttering(object_store.address) as (address, faults):
+        variables = {"AWS_ENDPOINT_URL": address, "HOME": str(tmp_path)}
         finish(start(pictures, f"{bucket}/root", workers=2, **variables))
-    assert held(f"{bucket}/root") == undisturbed
-    assert {*FAULTS} <= {*Stuttering.faults}, "it met every kind of fault"
+    assert held(f"{bucket}/root", "shard") == undisturbed
+    assert {*FAULTS} <= {*faults}, "it met every kind of fault"

@@ -30,6 +30,8 @@ def verify(arguments: argparse.Namespace) -> int:
         console.out.print(f"{file.uri} {file.how}", soft_wrap=True, markup=False)
     for problem in verdict.problems:
         console.out.print(f"{problem.uri} {problem.problem}", soft_wrap=True, markup=False)
+    for line in console.checked_lines(verdict.checked):
+        console.out.print(line, soft_wrap=True, markup=False)
     rows = f"{verdict.attempted} rows attempted = {verdict.written} written + {verdict.filtered} filtered + {verdict.failed} failed"
     console.out.print(f"{'sound' if verdict.ok else f'{len(verdict.problems)} problems'}: {rows}")
     return 0 if verdict.ok else 1

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import json
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
+
+sys.path.insert(0, str(Path(__file__).parent))
+import profiles
 
 from data.errors import SampleError
 from data.images import ImageRules, admit, decode, prepare
@@ -205,6 +210,48 @@ def test_jpegs_that_are_not_rgb_become_rgb(mode: str) -> None:
     payload = _saved(_noise().convert(mode), "JPEG")
     prepared = prepare(payload, ImageRules(resize="no"))
     assert prepared.reencoded and _pixels(prepared.payload).shape == (24, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "profile", "image_format"),
+    [
+        ("RGB", (200, 60, 60), profiles.display(), "PNG"),
+        ("RGB", (200, 60, 60), profiles.display(), "TIFF"),
+        ("CMYK", (255, 0, 0, 0), profiles.press(), "TIFF"),
+    ],
+)
+def test_a_colour_profile_changes_no_number_and_is_not_stored(
+    mode: str, colour: tuple[int, ...], profile: bytes, image_format: str
+) -> None:
+    """Whatever it means: applied, it would have changed the numbers, as the profile's own reader shows."""
+    image = Image.new(mode, (16, 16), colour)
+    found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    applied = ImageCms.profileToProfile(image, found, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert applied is not None
+    plain = np.asarray(image.convert("RGB"))
+    assert np.abs(np.asarray(applied).astype(int) - plain).max() > 10
+    payload = _saved(image, image_format, icc_profile=profile)
+    rules = ImageRules(image_size=8, encode_format="png")
+    prepared = prepare(payload, rules)
+    np.testing.assert_array_equal(_pixels(prepared.payload), plain[:8, :8])
+    np.testing.assert_array_equal(decode(payload), plain)
+    assert prepared.payload == prepare(_saved(image, image_format), rules).payload
+
+
+@pytest.mark.parametrize(("mode", "profile"), [("RGB", profiles.display()), ("CMYK", profiles.press())])
+def test_a_jpeg_with_a_profile_gives_what_the_same_without_one_gives(mode: str, profile: bytes) -> None:
+    pictured = _noise().convert(mode)
+    with_profile = _saved(pictured, "JPEG", quality=95, icc_profile=profile)
+    without = _saved(pictured, "JPEG", quality=95)
+    np.testing.assert_array_equal(decode(with_profile), decode(without))
+    rules = ImageRules(image_size=16)
+    assert prepare(with_profile, rules).payload == prepare(without, rules).payload
+
+
+def test_an_original_that_passes_through_keeps_its_profile() -> None:
+    payload = _saved(_noise(16, 16), "JPEG", icc_profile=profiles.display())
+    prepared = prepare(payload, ImageRules(image_size=16))
+    assert prepared.payload == payload and not prepared.reencoded
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -11,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import manifest
+from data import columns, manifest
 from data.config import fingerprint
-from data.errors import UserError
+from data.errors import CorruptArtifact, UserError
 from data.indexes import write_index
-from data.manifest import Snapshot
+from data.manifest import Ledger, ShardRecord, Snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import Row
 from data.verify import verify
@@ -84,11 +86,68 @@ def test_the_data_set_of_a_store_is_found(folder: Path) -> None:
     assert write_index(str(folder.parents[1]), "sizes") == f"{folder}/_index/sizes.json"
 
 
+@pytest.fixture
+def embedded(folder: Path) -> Path:
+    """Marks beside `folder`, of which those of odd rows are out."""
+    home, (data,) = folder.parents[1] / "embed" / "two", manifest.snapshots(str(folder))
+    records = []
+    for shard in data.shards:
+        if shard.samples:
+            keys = [f"{shard.index:05d}{row:04d}" for row in range(2)]
+            marks = columns.write_array(str(home), "kept", shard.index, np.array([True, False]))
+            files = (marks, columns.write_metadata(str(home), shard.index, keys, ["text"] * 2))
+            ledger = Ledger(written=1, filtered={"low_clip_score": 1})
+            shared = {"index": shard.index, "samples": 2, "keys": shard.keys, "ledger": ledger}
+            records.append(ShardRecord(files=files, **shared))
+    name = fingerprint("embed", 1, {}, {})
+    made = {"stage": "embed", "version": 1, "fingerprint": name, "config": {}, "columns": ("kept",)}
+    manifest.publish_snapshot(str(home), Snapshot(**made, shards=tuple(records)))
+    return home
+
+
+@pytest.mark.parametrize("above", [0, 2])
+def test_the_keys_of_kept_pairs_are_a_list_for_any_reader(embedded: Path, above: int) -> None:
+    place = embedded if above == 0 else embedded.parents[above - 1]
+    path = Path(write_index(str(place), "kept"))
+    assert path == embedded / "_index" / "kept.txt"
+    assert path.read_text() == "000000000\n000020000\n"
+    assert verify(str(embedded.parents[1])).ok
+
+
+READER = """
+import sys, webdataset
+kept = set(open(sys.argv[1]).read().split())
+read = webdataset.WebDataset(sys.argv[2:], shardshuffle=False).select(lambda sample: sample["__key__"] in kept)
+print([(sample["__key__"], sample["txt"].decode()) for sample in read])
+"""
+
+
+def test_webdataset_reads_the_kept_pairs_alone_by_their_keys(embedded: Path) -> None:
+    """As the README has it."""
+    tars = [str(tar) for tar in sorted(embedded.parents[1].glob("shard/one/*.tar"))]
+    line = [sys.executable, "-c", READER, write_index(str(embedded), "kept"), *tars]
+    read = subprocess.run(line, check=True, capture_output=True, text=True, timeout=120)
+    assert read.stdout == "[('000000000', 'picture 0'), ('000020000', 'picture 4')]\n"
+
+
+def test_keys_that_cannot_be_told_are_named_and_not_guessed(embedded: Path) -> None:
+    (embedded / "metadata" / "metadata_00002.parquet").write_bytes(b"no parquet")
+    with pytest.raises(CorruptArtifact, match=r"metadata_00002\.parquet is no metadata"):
+        write_index(str(embedded), "kept")
+    columns.write_metadata(str(embedded), 2, ["000020000"], ["text"])
+    with pytest.raises(CorruptArtifact, match="shard 00002 has 1 keys and 2 marks"):
+        write_index(str(embedded), "kept")
+
+
 def test_the_user_is_told_what_to_give(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no index of the kind tfrecord; give one of wids, sizes, energon"):
+    with pytest.raises(UserError, match="kind tfrecord; give one of wids, sizes, energon, kept"):
         write_index(str(folder), "tfrecord")
     with pytest.raises(UserError, match="should hold one sharded data set; there is none"):
         write_index(str(tmp_path / "nowhere"), "wids")
+    with pytest.raises(
+        UserError, match=r"one set of embeddings made with embed\.min_clip_score; there is none"
+    ):
+        write_index(str(folder.parent), "kept")
     with pytest.raises(
         UserError, match="--out /elsewhere: Energon finds its index in the folder of the shards"
     ):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -18,13 +22,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
+from PIL import Image
 
 from data import columns, manifest, storage
 from data.errors import CorruptArtifact
 from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, keys_digest
+from data.rows import Row
+from data.shards import ShardConfig, write_shard
 from data.tars import BLOCK, ShardReader, TarWriter
 
 CHECKOUT = Path(__file__).parents[2]
+OURS = str(CHECKOUT / "data") + os.sep
+STRIDE = 5
+"""Of the steps of a shard's publication every fifth is a kill: lines between two calls of the system change nothing on disk."""
 ON_DISK = [HealthCheck.function_scoped_fixture]  # every example overwrites the one before it
 
 
@@ -326,3 +336,145 @@ def _bare(state: Any) -> Any:
 
 def _listed(folder: Path) -> list[str]:
     return [entry.name for entry in storage.list_tree(str(folder))]
+
+
+# --- a whole shard: tar, columns, receipt and snapshot, killed anywhere --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Samples with an embedding and hidden states each."""
+
+    samples: list[Sample]
+    embeddings: np.ndarray
+    hidden: list[np.ndarray]
+
+    def publish(self, folder: Path) -> None:
+        """As stages do: each file under its name when it is whole, the receipt after them, the snapshot last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.remove_drafts(str(folder))
+        draft = folder / f".tmp-{uuid4().hex}-00000.tar"
+        write(draft, self.samples)
+        storage.publish_file(draft, str(folder / "00000.tar"))
+        keys = [key for key, *_ in self.samples]
+        files = (
+            manifest.file_record(str(folder), "00000.tar"),
+            columns.write_array(str(folder), "img_emb", 0, self.embeddings),
+            *columns.write_ragged(str(folder), "text_hidden", 0, self.hidden),
+            columns.write_metadata(str(folder), 0, keys, keys),
+        )
+        shard = ShardRecord(index=0, samples=len(keys), keys=keys_digest(keys), files=files)
+        manifest.publish_receipt(str(folder), shard)
+        manifest.publish_snapshot(str(folder), OLD_SNAPSHOT.model_copy(update={"shards": (shard,)}))
+
+
+@st.composite
+def artifacts(draw: st.DrawFn) -> Artifact:
+    samples = draw(SAMPLES)
+    count, width = len(samples), draw(st.integers(1, 3))
+    hidden = [draw(nps.arrays(np.float16, (n, 2), elements=HALVES)) for n in range(count)]
+    return Artifact(samples, draw(nps.arrays(np.float16, (count, width), elements=HALVES)), hidden)
+
+
+def steps(run: Callable[[], None], last: int | None = None) -> int:
+    """Lines of `data/` that `run` goes through. With `last` the process kills itself before that one."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal passed
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        if event == "line":
+            if passed == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed += 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return passed
+
+
+def is_killed(run: Callable[[], None], last: int) -> bool:
+    """Whether a child process that does `run` comes to its step `last`, where it kills itself."""
+    if not (child := os.fork()):
+        try:
+            steps(run, last)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status), f"it failed by itself: {status}"
+    return status != 0
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """Every file but drafts, which no reader looks at."""
+    found = storage.list_tree(str(folder)) if folder.exists() else []
+    return {entry.name: (folder / entry.name).read_bytes() for entry in found}
+
+
+def assert_whole_or_not_there(folder: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+    """Every file is the old one or the new one, and whoever is told of by a manifest that is new is new too."""
+    found = visible(folder)
+    assert all(content in (before.get(name), after.get(name)) for name, content in found.items())
+    assert before.keys() <= found.keys()
+    for name in found:
+        if name.startswith("_meta/") and found[name] == after[name] != before.get(name):
+            kind = ShardRecord if "receipts" in name else Snapshot
+            made = kind.model_validate_json(found[name])
+            shards = made.shards if isinstance(made, Snapshot) else (made,)
+            for file in (file for shard in shards for file in shard.files):
+                assert manifest.file_record(str(folder), file.path) == file
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=ON_DISK)
+@given(artifacts(), st.booleans(), artifacts(), st.data())
+def test_an_artifact_of_any_samples_killed_anywhere_is_whole_or_not_there_and_the_next_attempt_makes_it(
+    tmp_path: Path, new: Artifact, is_there: bool, old: Artifact, data: st.DataObject
+) -> None:
+    folder, undisturbed = (tmp_path / uuid4().hex for _ in range(2))
+    total = steps(lambda: new.publish(undisturbed))
+    after = visible(undisturbed)
+    if is_there:
+        old.publish(folder)
+    before = visible(folder)
+    assert is_killed(lambda: new.publish(folder), data.draw(st.integers(0, total - 1)))
+    assert_whole_or_not_there(folder, before, after)
+    new.publish(folder)
+    assert visible(folder) == after and not [*folder.rglob(".tmp-*")]
+
+
+@pytest.mark.slow
+def test_a_shard_of_pictures_killed_at_each_step_of_its_publication_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    """Before and after each file, its sync, its rename, the receipt and the snapshot."""
+    rows = [Row(i, str(tmp_path / f"{i}.png"), f"picture {i}", f"{i}.png") for i in range(2)]
+    for row in rows:
+        Image.new("RGB", (8, 8), (row.index, 0, 0)).save(row.image)
+
+    def attempt(folder: Path) -> None:
+        config = ShardConfig(image_size=8, encode_format="png", samples_per_shard=2)
+        record = write_shard(rows, 0, str(folder), config)
+        manifest.publish_receipt(str(folder), record)
+        storage.remove_drafts(str(folder))
+        manifest.publish_snapshot(str(folder), OLD_SNAPSHOT.model_copy(update={"shards": (record,)}))
+
+    attempt(tmp_path / "undisturbed")
+    after = visible(tmp_path / "undisturbed")
+    total, seen = steps(lambda: attempt(tmp_path / "counted")), set[frozenset[str]]()
+    assert total > 500
+    for last in range(0, total, STRIDE):
+        folder = tmp_path / f"{last}"
+        assert is_killed(lambda folder=folder: attempt(folder), last)
+        seen.add(frozenset(visible(folder)))
+        assert_whole_or_not_there(folder, {}, after)
+        attempt(folder)
+        assert visible(folder) == after and not [*folder.rglob(".tmp-*")]
+        shutil.rmtree(folder)
+    assert len(seen) == len(after) + 1, "it was killed between any two files"

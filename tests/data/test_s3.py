@@ -78,6 +78,27 @@ def _remote_table(bucket: str, _: Path) -> str:
     return f"{bucket}/set/pairs.csv"
 
 
+def _pairs_in_another_place(bucket: str) -> dict[str, list[str]]:
+    """The columns of a table of absolute places, of pictures that do not lie beside it."""
+    for i in range(4):
+        _put(f"{bucket}/elsewhere/{i}.png", _picture(i))
+    places = [f"{bucket}/elsewhere/{i}.png" for i in range(4)]
+    return {"url": places, "caption": [f"picture {i}" for i in range(4)]}
+
+
+def _csv_of_places(bucket: str, _: Path) -> str:
+    pairs = _pairs_in_another_place(bucket)
+    lines = [",".join(line) for line in zip(*pairs.values(), strict=True)]
+    _put(f"{bucket}/tables/pairs.csv", "\n".join(["url,caption", *lines]))
+    return f"{bucket}/tables/pairs.csv"
+
+
+def _parquet_of_places(bucket: str, tmp_path: Path) -> str:
+    pq.write_table(pa.table(_pairs_in_another_place(bucket)), tmp_path / "pairs.parquet")
+    _put(f"{bucket}/tables/pairs.parquet", (tmp_path / "pairs.parquet").read_bytes())
+    return f"{bucket}/tables/pairs.parquet"
+
+
 def _local_table(bucket: str, tmp_path: Path) -> str:
     for i in range(4):
         _put(f"{bucket}/{i}.png", _picture(i))
@@ -101,7 +122,17 @@ def _archives(bucket: str, _: Path) -> str:
     return f"{bucket}/set/{{00000..00001}}.tar"
 
 
-@pytest.mark.parametrize("source", [_folder, _metadata, _remote_table, _local_table, _cells, _archives])
+def _folder_of_archives(bucket: str, tmp_path: Path) -> str:
+    return _archives(bucket, tmp_path).rpartition("/")[0]
+
+
+SOURCES = [
+    *(_folder, _metadata, _remote_table, _csv_of_places, _parquet_of_places, _local_table),
+    *(_cells, _archives, _folder_of_archives),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_source_in_a_bucket_becomes_shards_in_a_bucket(
     bucket: str, tmp_path: Path, source: Callable[[str, Path], str]
 ) -> None:

@@ -121,6 +121,46 @@ def test_a_sound_artifact_has_no_problem_from_wherever_one_looks(store: Path, be
     assert (verdict.attempted, verdict.written, verdict.filtered, verdict.failed) == rows
 
 
+def test_what_was_checked_is_told_by_stage(store: Path) -> None:
+    verdict = verify(str(store))
+    found = {checked.stage: checked for checked in verdict.checked}
+    assert list(found) == ["embed", "shard"] and "checked" not in verdict.model_dump(mode="json")
+    for stage, count in (("shard", 6), ("embed", 8)):
+        files = [p for p in (store / stage).rglob("*") if p.is_file() and "_meta" not in p.parts]
+        told = found[stage]
+        assert (told.artifacts, told.shards, told.samples, told.files) == (1, 2, 6, count)
+        assert len(files) == told.files and sum(p.stat().st_size for p in files) == told.bytes
+        assert told.left_out == 0
+
+
+def test_what_a_clip_score_leaves_out_is_counted_apart_from_the_rows_of_the_source(store: Path) -> None:
+    (made,) = manifest.snapshots(str(store / "embed" / "two"))
+    marks = [np.arange(shard.samples) > 0 for shard in made.shards]
+    records = [
+        shard.model_copy(
+            update={
+                "files": (*shard.files, columns.write_array(made.folder, "kept", shard.index, kept)),
+                "ledger": Ledger(written=int(kept.sum()), filtered={"low_clip_score": 1}),
+            }
+        )
+        for shard, kept in zip(made.shards, marks, strict=True)
+    ]
+    for record in records:
+        manifest.publish_receipt(made.folder, record)
+    marked = made.model_copy(update={"shards": tuple(records), "columns": (*made.columns, "kept")})
+    manifest.publish_snapshot(made.folder, marked)
+    verdict = verify(str(store))
+    assert verdict.ok and (verdict.attempted, verdict.filtered) == (8, 0)
+    assert [checked.left_out for checked in verdict.checked] == [2, 0]
+    short = columns.write_array(made.folder, "kept", 0, marks[0][1:])
+    records[0] = records[0].model_copy(update={"files": (*made.shards[0].files, short)})
+    manifest.publish_receipt(made.folder, records[0])
+    manifest.publish_snapshot(made.folder, marked.model_copy(update={"shards": tuple(records)}))
+    assert told(verify(str(store)), store) == {
+        "embed/two/kept/kept_00000.npy": f"has {len(marks[0]) - 1} rows for {len(marks[0])} samples"
+    }
+
+
 def flip(path: Path, at: int) -> None:
     payload = bytearray(path.read_bytes())
     payload[at] ^= 1

@@ -20,12 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data import connections, schedule, web
 from data.config import fingerprint
 from data.connections import is_public
 from data.errors import SampleError
+from data.schedule import Job
 from data.web import FetchRules, WebFetcher, is_retryable, opted_out
 
 PICTURE = bytes(range(256)) * 4
@@ -402,6 +404,50 @@ def test_the_reasons_that_may_pass() -> None:
         "dns_failed",
     )
     assert not any(map(is_retryable, lasting))
+
+
+class _Pauses(WebFetcher):
+    """A fetcher that notes how long each job was told to wait, and lets it wait no longer than a millisecond."""
+
+    def __init__(self, rules: FetchRules) -> None:
+        super().__init__(rules, _loopback)
+        self.noted: dict[str, list[float]] = {}
+
+    def _put(self, job: Job, delay: float = 0.0) -> None:
+        self.noted.setdefault(job.url.path, []).append(delay)
+        super()._put(job, min(delay, 0.001))
+
+
+def test_pauses_double_are_drawn_at_random_and_end_at_half_a_minute(server: Web) -> None:
+    server.answers["busy"] = lambda handler, _: handler.reply(503)
+    urls = [server.url(f"busy/{number}") for number in range(24)]
+    with _Pauses(_rules(attempts=8, backoff_seconds=0.5)) as fetcher:
+        outcomes = list(fetcher.fetch_all(urls, LIMIT))
+    assert {outcome.reason for outcome in outcomes if isinstance(outcome, SampleError)} == {"http_503"}
+    assert server.asked["busy"] == 8 * len(urls)
+    first, *pauses = np.array(list(fetcher.noted.values())).T
+    assert len(pauses) == 7 and not first.any(), "nothing is waited for before the first attempt"
+    for number, drawn in enumerate(pauses):
+        longest = min(0.5 * 2**number, web.MAX_WAIT_SECONDS)
+        assert drawn.max() <= longest and drawn.min() >= 0
+        assert drawn.max() > 0.6 * longest and drawn.min() < 0.4 * longest, "spread over the whole of it"
+        assert len({*drawn}) == len(drawn) or longest == web.MAX_WAIT_SECONDS
+
+
+def test_what_asks_to_wait_is_waited_for_with_jitter_on_top(server: Web) -> None:
+    server.answers["busy"] = lambda handler, _: handler.reply(429, Retry_After="7")
+    with _Pauses(_rules(attempts=2, backoff_seconds=0.5)) as fetcher:
+        list(fetcher.fetch_all([server.url(f"busy/{number}") for number in range(8)], LIMIT))
+    pauses = [drawn for _, drawn in fetcher.noted.values()]
+    assert all(7 <= pause <= 7.5 for pause in pauses) and len({*pauses}) == len(pauses)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451])
+def test_what_will_not_pass_is_not_paused_for(server: Web, status: int) -> None:
+    server.answers["gone"] = lambda handler, _: handler.reply(status)
+    with _Pauses(_rules(attempts=9)) as fetcher, pytest.raises(SampleError, match=str(status)):
+        fetcher.fetch(server.url("gone"), LIMIT)
+    assert fetcher.noted == {"/gone": [0.0]} and server.asked["gone"] == 1
 
 
 def test_a_server_may_say_when_to_come_back(server: Web) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -142,29 +141,6 @@ def test_a_root_that_cannot_be_one(complaint, tmp_path):
     assert "cannot be made" in complaint("run", "demo", root="/proc/1/darkroom")
     assert "is empty: give a folder" in complaint("plan", "demo", root="")
     assert "Protocol not known: nowhere" in complaint("plan", "demo", root="nowhere://bucket/x")
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """(mount options) -> a small file system of its own; called again, it is remounted with the new ones."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        if os.path.ismount(place):
-            options = f"remount,{options}"
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"this machine may not mount a file system of its own: {done.stderr.strip()}")
-        return place
-
-    if shutil.which("mount") is None:
-        pytest.skip("this machine has no mount command")
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_root_that_is_read_only(complaint, disk):

@@ -122,6 +122,23 @@ def test_rows_that_may_succeed_now_are_attempted_again_when_asked(tmp_path):
     assert plan_of(rows, tmp_path, retry_failed=True).status == "cached", "nothing is left to try again"
 
 
+def test_rows_of_a_source_that_grew_are_attempted_again_too(tmp_path):
+    rows = table(tmp_path / "pairs.jsonl", "abcdef")
+    first = carried_out(plan_of(rows, tmp_path), failed=[1, 5])
+    table(rows, "abcdefghi")
+    assert plan_of(rows, tmp_path).reason == "3 new rows in 1 new shard"
+    retried = plan_of(rows, tmp_path, retry_failed=True)
+    assert (retried.status, retried.folder) == ("pending", first.folder)
+    assert retried.reason == "3 new rows and 2 failed rows, attempted again, in 2 new shards"
+    carried_out(retried)
+    assert plan_of(rows, tmp_path).fingerprint == retried.fingerprint
+    assert plan_of(rows, tmp_path, retry_failed=True).status == "cached", "nothing is left to try again"
+    made = load_snapshot(retried.folder, retried.fingerprint)
+    assert made is not None and made.shards[0] == load_snapshot(first.folder, first.fingerprint).shards[0]
+    table(rows, "abcdefghij")
+    assert plan_of(rows, tmp_path, retry_failed=True).reason == "1 new row in 1 new shard"
+
+
 def test_a_lost_list_of_rows_is_told_and_nothing_is_sharded_anew_in_silence(tmp_path):
     rows = table(tmp_path / "pairs.jsonl", "abcd")
     first = carried_out(plan_of(rows, tmp_path))

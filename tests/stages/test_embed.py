@@ -106,10 +106,11 @@ def test_pictures_of_different_sizes_share_a_batch(clip, tmp_path):
             np.testing.assert_allclose(stored[row], encoder.image(pixels)[0], atol=1e-3)
 
 
-def test_half_precision_stays_close_and_its_embeddings_are_of_unit_length(clip, shard, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_close_and_its_embeddings_are_of_unit_length(clip, shard, tmp_path, precision):
     embed(clip, shard, tmp_path / "fp32")
-    embed(clip, shard, tmp_path / "bf16", precision="bf16")
-    full, half = (columns.open_array(str(tmp_path / p), "img_emb", 0).astype(float) for p in ("fp32", "bf16"))
+    embed(clip, shard, tmp_path / "half", precision=precision)
+    full, half = (columns.open_array(str(tmp_path / p), "img_emb", 0).astype(float) for p in ("fp32", "half"))
     assert not np.array_equal(full, half)
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-3)
     assert (full * half).sum(1).min() > 0.999

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from data.errors import UserError
 from training.encoders import ClipEncoder, T5Encoder, VaeEncoder, weights_digest
 from training.pixels import preprocessed, to_uint8, to_unit_range
+from training.pretrained import DTYPES
 from training.t5_encoder import by_length
 
 CAPTIONS = ["a red circle", "on a white background, a large green star at the top", ""]
@@ -290,12 +291,19 @@ def test_another_diffusers_model_is_no_vae(tmp_path):
         VaeEncoder.load(str(tmp_path))
 
 
-def test_half_precision_is_of_the_weights_and_results_are_float32(vae_folder, clip_folder):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_of_the_weights_and_results_are_float32(
+    vae_folder, clip_folder, precision, tmp_path
+):
+    """On a CPU as on a GPU."""
+    narrow = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
     vae, clip = (
-        kind.load(str(f), precision="bf16")
-        for kind, f in ((VaeEncoder, vae_folder), (ClipEncoder, clip_folder))
+        kind.load(str(f), precision=precision)
+        for kind, f in ((VaeEncoder, narrow), (ClipEncoder, clip_folder))
     )
-    assert vae.vae.dtype == torch.bfloat16
+    assert vae.vae.dtype == DTYPES[precision]
     outputs = (vae.encode(PIXELS), clip.image(PIXELS), *clip.text(CAPTIONS)[1])
     assert {output.dtype for output in outputs} == {torch.float32}
     torch.testing.assert_close(
@@ -303,6 +311,14 @@ def test_half_precision_is_of_the_weights_and_results_are_float32(vae_folder, cl
     )
     similarity = (clip.image(PIXELS) * ClipEncoder.load(str(clip_folder)).image(PIXELS)).sum(1)
     assert similarity.min() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_t5_of_half_precision_stays_close(t5_folder, precision):
+    full, half = (T5Encoder.load(str(t5_folder), precision=p) for p in ("fp32", precision))
+    for there, here in zip(full.text(CAPTIONS), half.text(CAPTIONS), strict=True):
+        assert here.dtype == torch.float32
+        torch.testing.assert_close(here, there, atol=0.06, rtol=0.06)
 
 
 def test_a_vae_that_overflows_fp16_says_so(vae_folder):
