@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 
 from data import storage
 from data.errors import UserError
+
+log = logging.getLogger("darkroom.train")
 
 Row = Mapping[str, Any]
 
@@ -112,19 +115,24 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables."""
+    """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables.
 
-    def __init__(self, folder: str, run: str, config: Mapping[str, Any]) -> None:
+    Rows are ordered by a metric `step`: W&B drops what lies before its own last step, as rows made again after a resume do.
+    """
+
+    def __init__(self, folder: str, run: str, config: Row) -> None:
         import wandb
 
         here = folder if storage.is_local(folder) else tempfile.gettempdir()
         self.run = wandb.init(
             project="darkroom", id=run, name=run, dir=here, config=dict(config), resume="allow"
         )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Row) -> None:
-        """One step of the run's history."""
-        self.run.log(metrics_of(row), step=row["step"])
+        """One entry of the run's history."""
+        self.run.log({"step": row["step"], **metrics_of(row)})
 
     def flush(self) -> None:
         """Nothing: its own process sends what it was given."""
@@ -137,18 +145,23 @@ class WandbSink:
 class MlflowSink:
     """A run of MLflow in the experiment `darkroom`, the same one after a resume; where it goes is for MLFLOW_TRACKING_URI."""
 
-    def __init__(self, run: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, config: Row) -> None:
         import mlflow
 
         mlflow.set_experiment("darkroom")
         self.mlflow = mlflow
         named = f"attributes.run_name = '{run}'"
         earlier = mlflow.search_runs(experiment_names=["darkroom"], filter_string=named, output_format="list")
+        known = earlier[0].data.params if earlier else {}
+        self.params = {name: value for name, value in config.items() if name not in known}
+        """What is still to be told: MLflow refuses a parameter that changes, such as the `max_steps` of a longer training."""
         mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=run)
-        mlflow.log_params(dict(config))
 
     def write(self, row: Row) -> None:
         """The row's metrics at its step."""
+        if self.params:
+            self.mlflow.log_params(self.params)
+            self.params = {}
         self.mlflow.log_metrics(metrics_of(row), step=row["step"])
 
     def flush(self) -> None:
@@ -159,6 +172,63 @@ class MlflowSink:
         self.mlflow.end_run()
 
 
+class Service:
+    """A sink at a server, which may fail: rows wait for it, and the training goes on.
+
+    `connect` makes the sink, now and, where that fails, later. After a failure, told once, the server is left alone for
+    PAUSE seconds, since clients try for minutes before they give up.
+    """
+
+    PAUSE = 600.0
+
+    def __init__(self, name: str, connect: Callable[[], Sink]) -> None:
+        self.name, self.connect = name, connect
+        self.sink: Sink | None = None
+        self.unsent: list[Row] = []
+        self.retry_at, self.has_warned = 0.0, False
+        self._try(self._send)
+
+    def write(self, row: Row) -> None:
+        """Sends the row and what waits, or lets it wait."""
+        self.unsent.append(row)
+        if time.monotonic() >= self.retry_at:
+            self._try(self._send)
+
+    def flush(self) -> None:
+        """As the sink; rows that wait are in `metrics.parquet`."""
+        if self.sink is not None:
+            self._try(self.sink.flush)
+
+    def close(self) -> None:
+        """Sends what waits, a last time, and ends the sink."""
+        self._try(self._send)
+        if self.sink is not None:
+            self._try(self.sink.close)
+        if self.unsent:
+            log.warning(
+                "%s did not get %d rows; metrics.parquet has all of them", self.name, len(self.unsent)
+            )
+
+    def _send(self) -> None:
+        self.sink = self.sink or self.connect()
+        while self.unsent:
+            self.sink.write(self.unsent[0])
+            del self.unsent[0]
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # whatever a client library raises: its metrics are no reason to end a training
+            self.retry_at = time.monotonic() + self.PAUSE
+            if not self.has_warned:
+                log.warning(
+                    "%s fails, and the training goes on: %s: %s", self.name, type(error).__name__, error
+                )
+            self.has_warned = True
+
+
 class Sinks:
     """Every sink of one training; `folder` takes the files of those that write any, `services` is `TrainConfig.log_to`."""
 
@@ -167,9 +237,9 @@ class Sinks:
             storage.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.sinks: list[Sink] = [ParquetSink(folder), TensorBoardSink(folder)]
         if "wandb" in services.split(","):
-            self.sinks.append(WandbSink(folder, run, config or {}))
+            self.sinks.append(Service("wandb", lambda: WandbSink(folder, run, config or {})))
         if "mlflow" in services.split(","):
-            self.sinks.append(MlflowSink(run, config or {}))
+            self.sinks.append(Service("mlflow", lambda: MlflowSink(run, config or {})))
 
     def write(self, row: Row) -> None:
         """Gives the row to every sink."""
