@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 class ParquetSink:
-    """`metrics.parquet`, one column per metric; rows of steps that a resumed training makes again are replaced."""
+    """`metrics.parquet`, one column per metric; a row replaces those of its step and later: a resume or rollback voids them."""
 
     WRITE_EVERY = 50
 
@@ -77,27 +77,32 @@ class ParquetSink:
 
 
 class TensorBoardSink:
-    """An event file under `tensorboard/`; steps that an earlier, killed process wrote beyond the first row are purged.
+    """An event file under `tensorboard/`; steps from a row's own on that were written before it are purged.
 
-    An object store gets it when the sink is closed, since no file grows there.
+    They are a killed process's, or a rollback's, which begins another file: only a file's beginning can purge. An object store gets it when the sink is closed, since no file grows there.
     """
 
     def __init__(self, folder: str) -> None:
-        self.url, self.writer = storage.join(folder, "tensorboard"), None
+        self.url, self.writer, self.last = storage.join(folder, "tensorboard"), None, -1
         is_local = storage.is_local(folder)
         self.folder = storage.local_path(self.url) if is_local else Path(tempfile.mkdtemp(prefix="darkroom-"))
 
     def write(self, row: Row) -> None:
         """One scalar per metric."""
-        from tensorboardX import SummaryWriter
-
-        if self.writer is None:
-            unique = f".{time.time_ns():x}"  # a file's own name knows seconds only
-            self.writer = SummaryWriter(
-                str(self.folder), purge_step=row["step"], flush_secs=10, filename_suffix=unique
-            )
+        if self.writer is None or row["step"] <= self.last:
+            self._begin(row["step"])
+        assert self.writer is not None
         for name, value in metrics_of(row).items():
             self.writer.add_scalar(name, value, row["step"])
+        self.last = row["step"]
+
+    def _begin(self, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        if self.writer is not None:
+            self.writer.close()
+        unique = f".{time.time_ns():x}"  # a file's own name knows seconds only
+        self.writer = SummaryWriter(str(self.folder), purge_step=step, flush_secs=10, filename_suffix=unique)
 
     def flush(self) -> None:
         """Brings the file to disk; it does so every ten seconds by itself."""

@@ -61,6 +61,21 @@ def test_steps_that_are_made_again_replace_those_of_the_killed_process(tmp_path:
     assert [event.step for event in starts] == [20, 40], "TensorBoard is told to forget what came after"
 
 
+def test_a_rollback_takes_back_the_rows_after_the_one_that_it_tells_again(tmp_path: Path) -> None:
+    kept = Sinks(str(tmp_path))
+    for step in (20, 40, 60):
+        kept.write(_row(step, 1.0, rollbacks=0))
+    kept.write(_row(20, 1.0, rollbacks=1))
+    kept.write(_row(80, 0.5, rollbacks=0))
+    kept.close()
+    rows = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    assert [(row["step"], row["rollbacks"]) for row in rows] == [(20, 1), (80, 0)]
+    starts = [event for event in _events(tmp_path) if event.session_log.status == 1]
+    assert [event.step for event in starts] == [20, 20], "TensorBoard is told to forget what came after"
+    told = [(e.step, v.simple_value) for e in _events(tmp_path) for v in e.summary.value]
+    assert told[-4:] == [(20, 1.0), (20, 1.0), (80, 0.5), (80, 0.0)]
+
+
 def test_many_rows_are_on_disk_before_the_end(tmp_path: Path) -> None:
     kept = Sinks(str(tmp_path))
     for step in range(1, 52):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from training import loop, spikes, window
 from training.checkpoint import TrainState
 from training.randomness import Draws
+from training.sinks import Sinks
 from training.systems.system import Batch, TrainConfig
 
 CONFIG = TrainConfig(
@@ -54,9 +56,17 @@ def _batches(first_step: int) -> Any:
         yield {"img_emb": torch.sin(position[:, None] * torch.arange(1, 4)).float(), "position": position}
 
 
-def _train(folder: Path, trainable: Poisoned, **changes: Any) -> TrainState:
+def _train(folder: Path, trainable: Poisoned, report: Any = lambda _: None, **changes: Any) -> TrainState:
     config = CONFIG.model_copy(update=changes)
-    return loop.train(trainable, _batches, config, folder, identity="one", key_of=lambda p: f"key{p:03d}")  # type: ignore[arg-type]
+    return loop.train(
+        trainable,  # type: ignore[arg-type]
+        _batches,
+        config,
+        folder,
+        identity="one",
+        report=report,
+        key_of=lambda p: f"key{p:03d}",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +137,30 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_goes_on_with_later_sample
     assert [row["rollbacks"] for row in state.curve] == [0, 1, 0, 0, 0]
     assert {int(s["step"]) for s in state.optimizer.state.values()} == {4 + 5}, "5 to 7 are not made"
     assert four.curve and state.curve[1]["loss"] == four.curve[1]["loss"]
+
+
+def test_a_rollback_is_told_and_what_is_kept_of_the_rows_is_the_curve(tmp_path: Path) -> None:
+    kept, told = Sinks(str(tmp_path / "_meta")), []
+
+    def report(row: dict[str, Any]) -> None:
+        told.append(row)
+        kept.write(row)
+
+    state = _train(tmp_path / "checkpoints", Poisoned({16, 20, 24}), report, on_spike="rollback", max_skips=1)
+    kept.close()
+    rows = pq.read_table(tmp_path / "_meta" / "metrics.parquet").to_pylist()
+    timeless = [{name: value for name, value in row.items() if name not in window.TIMES} for row in rows]
+    assert timeless == state.curve and timeless[1]["rollbacks"] == 1
+    assert [row["step"] for row in told] == [2, 4, 4, 8, 10, 12], "step 6 diverged before it was told"
+    assert told[2] == {**told[1], "rollbacks": 1}, "with the times that it had"
+
+
+def test_a_rollback_to_a_row_of_an_earlier_process_is_told_without_its_times(tmp_path: Path) -> None:
+    _train(tmp_path, Poisoned(set()), max_steps=4)
+    told: list[dict[str, Any]] = []
+    _train(tmp_path, Poisoned({16, 20, 24}), told.append, on_spike="rollback", max_skips=1)
+    assert [(row["step"], row["rollbacks"]) for row in told] == [(4, 1), (8, 0), (10, 0), (12, 0)]
+    assert math.isnan(told[0]["samples_per_second"])
 
 
 def test_rollbacks_that_do_not_help_end_it(tmp_path: Path) -> None:
