@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.training.conftest import MemoryColumns
 from training import checkpoint, distributed, execution, loop, spikes
 from training.checkpoint import TrainState
 from training.systems import denoiser, prior
@@ -21,7 +22,6 @@ from training.systems.system import Batch, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worlds
-from conftest import MemoryColumns
 
 pytestmark = [
     pytest.mark.slow,

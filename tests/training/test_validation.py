@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import held_out_batches
+from tests.training.conftest import MemoryColumns
 from training import distributed, loop, validation, window
 from training.randomness import Draws
 from training.systems import clip, denoiser, prior, vae
@@ -20,7 +21,6 @@ from training.systems.system import Batch, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worlds
-from conftest import MemoryColumns
 
 SIZES = {"block_out_channels": (8, 8), "norm_num_groups": 4}
 CONFIG = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "ema_decay": 0.9, "validate_every": 2}
