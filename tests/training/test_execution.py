@@ -107,6 +107,24 @@ def test_convolutional_networks_are_channels_last_and_transformers_stay(trainabl
     assert bool(kernels) == isinstance(trainable, vae.Vae | denoiser.Denoiser)
 
 
+def test_where_weights_are_sharded_they_stay_and_convolutions_still_run_channels_last(
+    trainable, columns
+) -> None:
+    model, plain = (_prepared(trainable, 2, compile=False, fsdp=fsdp) for fsdp in (True, False))
+    kinds: list[tuple[bool, bool]] = []
+
+    def look(module: nn.Module, _: Any, out: torch.Tensor) -> None:
+        kinds.append((module.weight.is_contiguous(), out.is_contiguous(memory_format=torch.channels_last)))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_hook(look)
+    loss = _loss(trainable, model, columns)
+    assert all(is_contiguous and is_channels_last for is_contiguous, is_channels_last in kinds)
+    assert bool(kinds) == isinstance(trainable, vae.Vae | denoiser.Denoiser)
+    torch.testing.assert_close(loss, _loss(trainable, plain, columns))
+
+
 def test_blocks_are_the_members_of_the_outermost_lists() -> None:
     inner = nn.ModuleList([nn.Linear(1, 1)])
     model = nn.Sequential(
