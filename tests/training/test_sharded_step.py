@@ -81,11 +81,11 @@ def _plain(name: str, **changes: Any) -> dict[str, Tensor]:
 
 
 def _assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], name: str, off: float) -> None:
-    """Figures of every step, and where the weights went, up to a share `off`; the way is measured from fresh weights."""
+    """Figures of every step, and how far the weights are off, as a share of their way from fresh ones: below `off`."""
     trainable = _trainable(name, compile=False)
     fresh = _found(loop.build_state(trainable, trainable.config), [[0.0, 0.0]] * STEPS)
     assert found.keys() == expected.keys() == fresh.keys()
-    torch.testing.assert_close(found["steps"], expected["steps"], rtol=off, atol=0)
+    torch.testing.assert_close(found["steps"], expected["steps"], rtol=min(off, 0.02), atol=0)
     for names in ([n for n in fresh if n[:4] == "ema."], [n for n in fresh if n[:4] not in ("ema.", "step")]):
         apart, way = (
             torch.cat([(one[n] - expected[n]).flatten() for n in names]).norm() for one in (found, fresh)
