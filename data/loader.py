@@ -286,13 +286,17 @@ def held_out_batches(
 ) -> Iterator[dict[str, Any]]:
     """This rank's share of every sample once, in order, in global batches of `batch_size`; `position` numbers them.
 
-    Every rank has as many: samples that `world_size` does not divide are left out at the end.
+    Every rank has as many: where `world_size` does not divide them, the last sample fills up what is missing at the end, with
+    `weight` (B,) float32 0 instead of 1.
     """
-    mine = np.arange(rank, len(columns) // world_size * world_size, world_size)
+    count = len(columns)
+    mine = np.arange(rank, -(-count // world_size) * world_size, world_size)
     per_rank = max(1, batch_size // world_size)
     for start in range(0, len(mine), per_rank):
-        indices = mine[start : start + per_rank]
-        yield on_device({**columns.batch(names, indices), "position": torch.from_numpy(indices)}, device)
+        numbers = mine[start : start + per_rank]
+        indices, weight = np.minimum(numbers, count - 1), (numbers < count).astype(np.float32)
+        batch = {**columns.batch(names, indices), "position": torch.from_numpy(indices)}
+        yield on_device({**batch, "weight": torch.from_numpy(weight)}, device)
 
 
 def pad(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

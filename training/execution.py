@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training.systems.system import TrainConfig
@@ -26,8 +26,7 @@ def prepared(
 
     A worker's blocks are compiled one by one so that their gradients travel while the backward pass goes on.
     """
-    if not (world_size > 1 and config.fsdp):  # FSDP2 shards contiguous weights only
-        convolutions_channels_last(model)
+    convolutions_channels_last(model, with_weights=not (world_size > 1 and config.fsdp))
     if config.activation_checkpointing:
         for block in blocks(model):
             block.forward = _recomputed(block.forward)
@@ -43,11 +42,24 @@ def compiles(config: TrainConfig) -> bool:
     return torch.cuda.is_available() if config.compile is None else config.compile
 
 
-def convolutions_channels_last(model: nn.Module) -> None:
-    """Lays the weights of a convolutional network out channels last, which its activations then follow."""
+def convolutions_channels_last(model: nn.Module, *, with_weights: bool) -> None:
+    """Makes a convolutional network compute channels last: by the layout of its weights, or of its convolutions' inputs.
+
+    One of the two is enough for a convolution to choose that layout, and its result has it. FSDP2 shards contiguous weights
+    only; each call then turns them, which is little beside the activations of a batch.
+    """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != m.stride]
-    if convolutions:  # a transformer's patch embedding, whose windows do not overlap, gains nothing
+    if not convolutions:  # a transformer's patch embedding, whose windows do not overlap, gains nothing
+        return
+    if with_weights:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return
+    for convolution in convolutions:
+        convolution.register_forward_pre_hook(_channels_last)
+
+
+def _channels_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

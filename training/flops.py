@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,17 @@ PEAK_BF16_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
+    "A10G": 70e12,
 }
-"""Dense bf16 operations per second by NVIDIA's data sheets, the more specific name first."""
+"""Dense bf16 operations per second by NVIDIA's data sheets, the more specific name first; each is words of a device's name."""
 
 
 class Recorded:
@@ -56,7 +61,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if known in name), None)
+    found = (peak for known, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{known}\b", name))
+    return next(found, None)
 
 
 def _shape_only(value: Any) -> Any:

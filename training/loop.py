@@ -20,7 +20,7 @@ from training.checkpoint import TrainState
 from training.ema import Ema
 from training.randomness import Draws
 from training.systems.system import Batch, Trainable, TrainConfig
-from training.window import Window, timed
+from training.window import Reports, Window, timed
 
 log = logging.getLogger("darkroom.train")
 
@@ -49,25 +49,26 @@ def train(
     """Trains to `config.max_steps`, resuming from the newest valid checkpoint under `folder`; returns the last state.
 
     Collective: every rank calls it. `identity` names (model, data, config); a checkpoint of another one is refused.
-    `report` is given every row of the curve with its times, and `keep` called before a checkpoint holds them. `key_of` names
+    `report` is given every row of the curve with its times, once more the row that a rollback goes on from (those after it
+    are void), and `keep` called before a checkpoint holds them. `key_of` names
     samples in messages, `held_out` is what the averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
     `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
     `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
     `stopped`, asked then too, tells that somebody wants it to end: a checkpoint is saved, and the state is short of the end.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
-    state = build_state(trainable, config, begin)
+    state, reports = build_state(trainable, config, begin), Reports(report)
     if checkpoint.restore(folder, state, identity):
         log.info("resuming at step %d", state.clock)
     with checkpoint.Saver(folder, identity, max_steps=config.max_steps, before=keep) as saver:
         while state.clock < config.max_steps:
             try:
-                _run(trainable, state, batches, config, saver, report, key_of, held_out, preempted, stopped)
+                _run(trainable, state, batches, config, saver, reports, key_of, held_out, preempted, stopped)
                 break
             except spikes.Diverged as error:
                 if config.on_spike != "rollback":
                     raise
-                _roll_back(state, error, saver)
+                _roll_back(state, error, saver, reports)
     return state
 
 
@@ -114,7 +115,7 @@ def _run(
             return
 
 
-def _roll_back(state: TrainState, error: spikes.Diverged, saver: checkpoint.Saver) -> None:
+def _roll_back(state: TrainState, error: spikes.Diverged, saver: checkpoint.Saver, reports: Reports) -> None:
     """Weights and optimizer of the last checkpoint, and the clock as it is: the samples since then are passed over."""
     clock = state.clock
     saver.wait()
@@ -122,6 +123,7 @@ def _roll_back(state: TrainState, error: spikes.Diverged, saver: checkpoint.Save
         raise error
     log.warning("%s; going on from step %d with the weights of step %d", error, clock, state.clock)
     state.curve = spikes.rolled_back(state.curve, error)
+    reports.again(state.curve[-1])
     state.clock, state.pending = clock, []
     saver.save(state)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 
 from data import storage
 from data.errors import UserError
+
+log = logging.getLogger("darkroom.train")
 
 Row = Mapping[str, Any]
 
@@ -40,7 +43,7 @@ class Sink(Protocol):
 
 
 class ParquetSink:
-    """`metrics.parquet`, one column per metric; rows of steps that a resumed training makes again are replaced."""
+    """`metrics.parquet`, one column per metric; a row replaces those of its step and later: a resume or rollback voids them."""
 
     WRITE_EVERY = 50
 
@@ -74,27 +77,32 @@ class ParquetSink:
 
 
 class TensorBoardSink:
-    """An event file under `tensorboard/`; steps that an earlier, killed process wrote beyond the first row are purged.
+    """An event file under `tensorboard/`; steps from a row's own on that were written before it are purged.
 
-    An object store gets it when the sink is closed, since no file grows there.
+    They are a killed process's, or a rollback's, which begins another file: only a file's beginning can purge. An object store gets it when the sink is closed, since no file grows there.
     """
 
     def __init__(self, folder: str) -> None:
-        self.url, self.writer = storage.join(folder, "tensorboard"), None
+        self.url, self.writer, self.last = storage.join(folder, "tensorboard"), None, -1
         is_local = storage.is_local(folder)
         self.folder = storage.local_path(self.url) if is_local else Path(tempfile.mkdtemp(prefix="darkroom-"))
 
     def write(self, row: Row) -> None:
         """One scalar per metric."""
-        from tensorboardX import SummaryWriter
-
-        if self.writer is None:
-            unique = f".{time.time_ns():x}"  # a file's own name knows seconds only
-            self.writer = SummaryWriter(
-                str(self.folder), purge_step=row["step"], flush_secs=10, filename_suffix=unique
-            )
+        if self.writer is None or row["step"] <= self.last:
+            self._begin(row["step"])
+        assert self.writer is not None
         for name, value in metrics_of(row).items():
             self.writer.add_scalar(name, value, row["step"])
+        self.last = row["step"]
+
+    def _begin(self, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        if self.writer is not None:
+            self.writer.close()
+        unique = f".{time.time_ns():x}"  # a file's own name knows seconds only
+        self.writer = SummaryWriter(str(self.folder), purge_step=step, flush_secs=10, filename_suffix=unique)
 
     def flush(self) -> None:
         """Brings the file to disk; it does so every ten seconds by itself."""
@@ -112,19 +120,24 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables."""
+    """A run of Weights & Biases, the same one after a resume; where it goes is for its own environment variables.
 
-    def __init__(self, folder: str, run: str, config: Mapping[str, Any]) -> None:
+    Rows are ordered by a metric `step`: W&B drops what lies before its own last step, as rows made again after a resume do.
+    """
+
+    def __init__(self, folder: str, run: str, config: Row) -> None:
         import wandb
 
         here = folder if storage.is_local(folder) else tempfile.gettempdir()
         self.run = wandb.init(
             project="darkroom", id=run, name=run, dir=here, config=dict(config), resume="allow"
         )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Row) -> None:
-        """One step of the run's history."""
-        self.run.log(metrics_of(row), step=row["step"])
+        """One entry of the run's history."""
+        self.run.log({"step": row["step"], **metrics_of(row)})
 
     def flush(self) -> None:
         """Nothing: its own process sends what it was given."""
@@ -137,18 +150,23 @@ class WandbSink:
 class MlflowSink:
     """A run of MLflow in the experiment `darkroom`, the same one after a resume; where it goes is for MLFLOW_TRACKING_URI."""
 
-    def __init__(self, run: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, config: Row) -> None:
         import mlflow
 
         mlflow.set_experiment("darkroom")
         self.mlflow = mlflow
         named = f"attributes.run_name = '{run}'"
         earlier = mlflow.search_runs(experiment_names=["darkroom"], filter_string=named, output_format="list")
+        known = earlier[0].data.params if earlier else {}
+        self.params = {name: value for name, value in config.items() if name not in known}
+        """What is still to be told: MLflow refuses a parameter that changes, such as the `max_steps` of a longer training."""
         mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=run)
-        mlflow.log_params(dict(config))
 
     def write(self, row: Row) -> None:
         """The row's metrics at its step."""
+        if self.params:
+            self.mlflow.log_params(self.params)
+            self.params = {}
         self.mlflow.log_metrics(metrics_of(row), step=row["step"])
 
     def flush(self) -> None:
@@ -159,6 +177,63 @@ class MlflowSink:
         self.mlflow.end_run()
 
 
+class Service:
+    """A sink at a server, which may fail: rows wait for it, and the training goes on.
+
+    `connect` makes the sink, now and, where that fails, later. After a failure, told once, the server is left alone for
+    PAUSE seconds, since clients try for minutes before they give up.
+    """
+
+    PAUSE = 600.0
+
+    def __init__(self, name: str, connect: Callable[[], Sink]) -> None:
+        self.name, self.connect = name, connect
+        self.sink: Sink | None = None
+        self.unsent: list[Row] = []
+        self.retry_at, self.has_warned = 0.0, False
+        self._try(self._send)
+
+    def write(self, row: Row) -> None:
+        """Sends the row and what waits, or lets it wait."""
+        self.unsent.append(row)
+        if time.monotonic() >= self.retry_at:
+            self._try(self._send)
+
+    def flush(self) -> None:
+        """As the sink; rows that wait are in `metrics.parquet`."""
+        if self.sink is not None:
+            self._try(self.sink.flush)
+
+    def close(self) -> None:
+        """Sends what waits, a last time, and ends the sink."""
+        self._try(self._send)
+        if self.sink is not None:
+            self._try(self.sink.close)
+        if self.unsent:
+            log.warning(
+                "%s did not get %d rows; metrics.parquet has all of them", self.name, len(self.unsent)
+            )
+
+    def _send(self) -> None:
+        self.sink = self.sink or self.connect()
+        while self.unsent:
+            self.sink.write(self.unsent[0])
+            del self.unsent[0]
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (
+            Exception
+        ) as error:  # whatever a client library raises: its metrics are no reason to end a training
+            self.retry_at = time.monotonic() + self.PAUSE
+            if not self.has_warned:
+                log.warning(
+                    "%s fails, and the training goes on: %s: %s", self.name, type(error).__name__, error
+                )
+            self.has_warned = True
+
+
 class Sinks:
     """Every sink of one training; `folder` takes the files of those that write any, `services` is `TrainConfig.log_to`."""
 
@@ -167,9 +242,9 @@ class Sinks:
             storage.local_path(folder).mkdir(parents=True, exist_ok=True)
         self.sinks: list[Sink] = [ParquetSink(folder), TensorBoardSink(folder)]
         if "wandb" in services.split(","):
-            self.sinks.append(WandbSink(folder, run, config or {}))
+            self.sinks.append(Service("wandb", lambda: WandbSink(folder, run, config or {})))
         if "mlflow" in services.split(","):
-            self.sinks.append(MlflowSink(run, config or {}))
+            self.sinks.append(Service("mlflow", lambda: MlflowSink(run, config or {})))
 
     def write(self, row: Row) -> None:
         """Gives the row to every sink."""

@@ -21,7 +21,10 @@ SEED = -1
 """Of the noise; no training has it, and every training is asked with the same."""
 
 HeldOut = Callable[[], Iterable[Batch]]
-"""This rank's held-out batches, the same at every call, as many and as large on every rank; `position` numbers them."""
+"""This rank's held-out batches, the same at every call, as many and as large on every rank; `position` numbers them.
+
+Where they have a `weight`, samples of weight 0 make the shares equal and are asked for nothing.
+"""
 
 
 @torch.no_grad()
@@ -37,8 +40,9 @@ def validation_loss(trainable: Trainable, state: TrainState, config: TrainConfig
         for batch in held_out():
             at = batch["position"] % NUM_TIMESTEPS if timed else torch.zeros_like(batch["position"])
             losses = _losses(trainable, state, config, batch, at).double()
-            sums[0].index_add_(0, at, losses)
-            sums[1].index_add_(0, at, torch.ones_like(losses))
+            counts = batch.get("weight", torch.ones_like(losses)).double()
+            sums[0].index_add_(0, at, torch.where(counts > 0, losses, 0.0))
+            sums[1].index_add_(0, at, counts)
     state.model.train()
     totals, counts = distributed.mean_over_ranks(sums)
     return float((totals / counts)[counts > 0].mean())

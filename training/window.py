@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,6 +148,23 @@ class Window:
             if peak and self.config.precision == "bf16":
                 times["mfu"] = times["flops_per_second_per_device"] / peak
         return times
+
+
+class Reports:
+    """Gives rows to `report`, and remembers their times, which no curve holds, for a row that changes later."""
+
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+        self.report = report
+        self.times: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Reports a new row."""
+        self.times[row["step"]] = {name: value for name, value in row.items() if name in TIMES}
+        self.report(row)
+
+    def again(self, row: dict[str, Any]) -> None:
+        """Reports a row of the curve that changed; of one that an earlier process made the rate is not known."""
+        self.report({**row, **self.times.get(row["step"], {"samples_per_second": math.nan})})
 
 
 def timed(items: Any, window: Window) -> Any:

@@ -407,20 +407,27 @@ def test_a_position_of_the_stream_has_the_key_of_the_sample_there(dataset: Colum
     np.testing.assert_array_equal(row, keys[loader.key_at(dataset, 3, position)])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
 def test_held_out_batches_are_everything_once_shared_out_evenly(dataset: ColumnSet, world_size: int) -> None:
+    size = max(6, world_size)
     ranks = [
-        list(loader.held_out_batches(dataset, ["img_emb"], batch_size=6, rank=rank, world_size=world_size))
+        list(loader.held_out_batches(dataset, ["img_emb"], batch_size=size, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     sizes = [[len(batch["position"]) for batch in rank] for rank in ranks]
-    assert all(size == sizes[0] for size in sizes), "no rank waits for another in a collective"
-    assert sizes[0][0] == 6 // world_size
+    assert all(each == sizes[0] for each in sizes), "no rank waits for another in a collective"
+    assert sizes[0][0] == size // world_size
     seen = [
-        p for together in zip(*ranks, strict=True) for batch in together for p in batch["position"].tolist()
+        (p, weight)
+        for together in zip(*ranks, strict=True)
+        for batch in together
+        for p, weight in zip(batch["position"].tolist(), batch["weight"].tolist(), strict=True)
     ]
-    assert sorted(seen) == list(range(COUNT // world_size * world_size))
-    assert sorted(seen[:6]) == list(range(6)), "the global batches do not depend on the world size"
+    assert sorted(p for p, weight in seen if weight == 1) == list(range(COUNT)), "none is left out"
+    assert all(p == COUNT - 1 for p, weight in seen if weight == 0)
+    assert len(seen) == -(-COUNT // world_size) * world_size
+    first = sorted(p for p, weight in seen[:size] if weight)
+    assert first == list(range(min(size, COUNT))), "the global batches do not depend on the world size"
     for batch in ranks[-1]:
         np.testing.assert_array_equal(batch["img_emb"], dataset.rows("img_emb", batch["position"].numpy()))
 

@@ -102,6 +102,14 @@ def test_every_objective_gives_a_per_sample_loss_of_its_own_draws(columns, predi
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_its_timesteps_have_the_mean_and_spread_that_the_config_names(columns):
+    config = DenoiserConfig(prediction_type="flow", logit_mean=1.2, logit_std=0.5)
+    draws = Draws(0, torch.arange(64))
+    t = denoiser.fit(config, columns).timesteps(draws)
+    normal = torch.logit(t / 1000) * 2 - 2.4
+    torch.testing.assert_close(normal, draws.normal("denoiser.timestep"), atol=1e-3, rtol=0)
+
+
 def test_the_published_folder_is_loaded_by_diffusers(columns, tmp_path):
     trainable = denoiser.fit(TINY, columns)
     model = seeded(trainable).eval()

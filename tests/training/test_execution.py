@@ -107,6 +107,24 @@ def test_convolutional_networks_are_channels_last_and_transformers_stay(trainabl
     assert bool(kernels) == isinstance(trainable, vae.Vae | denoiser.Denoiser)
 
 
+def test_where_weights_are_sharded_they_stay_and_convolutions_still_run_channels_last(
+    trainable, columns
+) -> None:
+    model, plain = (_prepared(trainable, 2, compile=False, fsdp=fsdp) for fsdp in (True, False))
+    kinds: list[tuple[bool, bool]] = []
+
+    def look(module: nn.Module, _: Any, out: torch.Tensor) -> None:
+        kinds.append((module.weight.is_contiguous(), out.is_contiguous(memory_format=torch.channels_last)))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_hook(look)
+    loss = _loss(trainable, model, columns)
+    assert all(is_contiguous and is_channels_last for is_contiguous, is_channels_last in kinds)
+    assert bool(kinds) == isinstance(trainable, vae.Vae | denoiser.Denoiser)
+    torch.testing.assert_close(loss, _loss(trainable, plain, columns))
+
+
 def test_blocks_are_the_members_of_the_outermost_lists() -> None:
     inner = nn.ModuleList([nn.Linear(1, 1)])
     model = nn.Sequential(
@@ -133,3 +151,25 @@ def test_operations_of_a_linear_layer_are_six_per_weight_and_sample_less_its_inp
 
 def test_the_peak_of_a_cpu_is_not_known() -> None:
     assert flops.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_of_the_whole_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert flops.peak_flops(torch.device("cuda")) == peak

@@ -14,6 +14,7 @@ import transformers
 from diffusers import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
 
 from data.errors import UserError
+from tests.training.conftest import PARTS
 from training import clip_conversion
 from training.clip_encoder import ClipEncoder
 from training.export import export
@@ -49,8 +50,7 @@ def pictures(columns) -> torch.Tensor:
     return torch.from_numpy(columns.arrays["image"]).permute(0, 3, 1, 2)
 
 
-@pytest.fixture
-def noisy(system: Unclip) -> Unclip:
+def perturbed(system: Unclip) -> Unclip:
     """The system with weights that leave no part of it without effect."""
     torch.manual_seed(3)
     for module in (system.clip.towers.model, system.prior, system.unet):
@@ -58,6 +58,11 @@ def noisy(system: Unclip) -> Unclip:
             if not name.startswith("clip_"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return system
+
+
+@pytest.fixture
+def noisy(system: Unclip) -> Unclip:
+    return perturbed(system)
 
 
 @pytest.fixture
@@ -93,6 +98,42 @@ def test_the_pipeline_draws_our_pictures_from_the_same_noise(noisy, exported):
         apart = levels_apart(ours, theirs)
         assert ours.float().std() > 20, "grey pictures would prove nothing"
         assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "epsilon", "noise_schedule": "scaled_linear"},
+        {"prediction_type": "epsilon", "noise_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "sample", "noise_schedule": "linear"},
+        {"prediction_type": "sample", "noise_schedule": "scaled_linear", "zero_terminal_snr": True},
+        {"prediction_type": "v_prediction", "noise_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "v_prediction", "noise_schedule": "scaled_linear", "zero_terminal_snr": True},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_the_pipeline_draws_our_pictures_whatever_the_network_predicts(
+    columns, folders, pictures, changes, tmp_path
+):
+    module, config = PARTS["denoiser"]
+    trainable = module.fit(config.model_copy(update=changes), columns)
+    torch.manual_seed(0)
+    trainable.publish(trainable.build().eval(), tmp_path / "denoiser")
+    parts = str(folders["clip"]), str(folders["vae"]), folders["prior"], tmp_path / "denoiser"
+    system, given = perturbed(Unclip.load(*parts)), Given(len(PROMPTS))
+    assert system.objective == trainable.config.objective()
+    export(system, pictures, tmp_path / "exported")
+    pipeline = loaded(StableUnCLIPPipeline, tmp_path / "exported")
+    sampling = Sampling(num_inference_steps=5, prior_steps=4, prior_candidates=1, guidance_scale=2)
+    ours = system.generate(PROMPTS, given, sampling)
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=5, prior_num_inference_steps=4, guidance_scale=2, prior_guidance_scale=1,
+        noise_level=0, prior_latents=given.prior, latents=given.latents, generator=given.generator(), output_type="np",
+    ).images  # fmt: skip
+    apart = levels_apart(ours, theirs)
+    assert ours.float().std() > 20, "grey pictures would prove nothing"
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
 
 
 def test_the_picture_pipeline_varies_an_embedding_as_we_do(noisy, exported):

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training import checkpoint, distributed, loop, optim, window
+from training import checkpoint, distributed, flops, loop, optim, spikes, window
 from training.checkpoint import TrainState
 from training.randomness import Draws
 from training.systems.system import Batch, TrainConfig
@@ -265,6 +266,70 @@ def test_bf16_is_for_arithmetic_and_weights_stay_fp32(tmp_path: Path) -> None:
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
     assert exact and state.curve and state.curve[-1]["loss"] == pytest.approx(exact[-1]["loss"], rel=0.05)
     assert state.curve[-1]["loss"] != exact[-1]["loss"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_optimizer_sees_clipped_gradients_and_the_norm_is_that_before(accumulate: int) -> None:
+    config = CONFIG.model_copy(update={"clip_grad_norm": 0.05, "accumulate": accumulate})
+    trainable = Regression()
+    state = loop.build_state(trainable, config)
+    seen: list[Tensor] = []
+
+    def look(*_: Any) -> None:
+        seen.append(
+            torch.stack([p.grad.norm() for p in state.model.parameters() if p.grad is not None]).norm()
+        )
+
+    state.optimizer.register_step_pre_hook(look)
+    batch = next(_batches(config)(0))
+    _, norm = loop.step(trainable, state, batch, config, spikes.NO_LIMIT, state.model)
+    assert norm > 0.1, "it would prove nothing else"
+    assert seen == [pytest.approx(0.05, rel=1e-4)]
+    unclipped = loop.build_state(trainable, CONFIG)
+    _, same = loop.step(trainable, unclipped, batch, CONFIG, spikes.NO_LIMIT, unclipped.model)
+    assert float(norm) == pytest.approx(float(same), rel=1e-5)
+
+
+class Slow(Regression):
+    """Takes 50 ms for a loss."""
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        time.sleep(0.05)
+        return super().loss(model, batch, draws)
+
+
+@pytest.mark.parametrize("is_data_slow", [True, False])
+def test_time_that_a_training_waits_for_its_data_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_data_slow: bool
+) -> None:
+    monkeypatch.setattr(window, "LOG_EVERY", 4)
+
+    def late(first_step: int) -> Iterator[Batch]:
+        for batch in _batches()(first_step):
+            time.sleep(0.05)
+            yield batch
+
+    reports: list[loop.Row] = []
+    trainable, batches = (Regression(), late) if is_data_slow else (Slow(), _batches())
+    loop.train(trainable, batches, CONFIG, tmp_path, identity="one", report=reports.append)
+    assert len(reports) == 2
+    assert all((row["data_wait"] > 0.5) == is_data_slow for row in reports)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_row_tells_the_operations_per_second_and_their_share_of_the_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    monkeypatch.setattr(flops, "peak_flops", lambda _: 1e12)
+    rows: dict[str, loop.Row] = {}
+    for precision in ("fp32", "bf16"):
+        config = CONFIG.model_copy(update={"precision": precision, "accumulate": accumulate})
+        _train(tmp_path / precision, config, report=lambda row, p=precision: rows.update({p: row}))
+    per_sample = 4 * 3 * 5 + 6 * 5 * 7 + 6 * 7 * 1  # the first layer needs no gradient of its input
+    for row in rows.values():
+        assert row["flops_per_second_per_device"] == pytest.approx(per_sample * row["samples_per_second"])
+    assert rows["bf16"]["mfu"] == pytest.approx(per_sample * rows["bf16"]["samples_per_second"] / 1e12)
+    assert "mfu" not in rows["fp32"], "the peak is that of bf16"
 
 
 Launch = Callable[..., list[dict[str, Any]]]

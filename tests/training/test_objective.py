@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -75,6 +76,18 @@ def test_logit_normal_timesteps_have_the_median_and_spread_of_a_logit_normal():
     t = maths.logit_normal_timesteps(Draws(1, torch.arange(40_000)).normal("t")) / 1000
     assert t.median().item() == pytest.approx(0.5, abs=0.01)
     assert (t < 1 / (1 + math.exp(1))).float().mean().item() == pytest.approx(0.1587, abs=0.01)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.2, 1.0), (-0.5, 0.4), (0.8, 1.7)])
+def test_a_flows_timesteps_have_the_quantiles_of_its_logit_normal(mean: float, std: float) -> None:
+    """The q-quantile is 1000 sigmoid(mean + std z_q) with z_q that of the standard normal: the median 1000 sigmoid(mean)."""
+    objective = Objective("flow", logit_mean=mean, logit_std=std)
+    draws = Draws(1, torch.arange(40_000))
+    t = objective.timesteps(draws.uniform("t"), draws.normal("t")).double()
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+        expected = 1000 / (1 + math.exp(-mean - std * statistics.NormalDist().inv_cdf(q)))
+        share = (t < expected).double().mean().item()
+        assert share == pytest.approx(q, abs=4 * math.sqrt(q * (1 - q) / len(t)))
 
 
 def test_uniform_timesteps_are_whole_and_reach_both_ends():

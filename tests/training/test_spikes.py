@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training import loop, spikes, window
+from training import distributed, loop, spikes, window
 from training.checkpoint import TrainState
 from training.randomness import Draws
+from training.sinks import Sinks
 from training.systems.system import Batch, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worlds
 
 CONFIG = TrainConfig(
     max_steps=12,
@@ -49,14 +56,24 @@ class Poisoned:
 
 
 def _batches(first_step: int) -> Any:
+    """This rank's share of each four samples."""
     for step in range(first_step, 10**9):
-        position = step * 4 + torch.arange(4)
+        share = 4 // distributed.world_size()
+        position = step * 4 + distributed.rank() * share + torch.arange(share)
         yield {"img_emb": torch.sin(position[:, None] * torch.arange(1, 4)).float(), "position": position}
 
 
-def _train(folder: Path, trainable: Poisoned, **changes: Any) -> TrainState:
+def _train(folder: Path, trainable: Poisoned, report: Any = lambda _: None, **changes: Any) -> TrainState:
     config = CONFIG.model_copy(update=changes)
-    return loop.train(trainable, _batches, config, folder, identity="one", key_of=lambda p: f"key{p:03d}")  # type: ignore[arg-type]
+    return loop.train(
+        trainable,  # type: ignore[arg-type]
+        _batches,
+        config,
+        folder,
+        identity="one",
+        report=report,
+        key_of=lambda p: f"key{p:03d}",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +146,78 @@ def test_a_rollback_returns_to_the_last_checkpoint_and_goes_on_with_later_sample
     assert four.curve and state.curve[1]["loss"] == four.curve[1]["loss"]
 
 
+def test_a_rollback_is_told_and_what_is_kept_of_the_rows_is_the_curve(tmp_path: Path) -> None:
+    kept, told = Sinks(str(tmp_path / "_meta")), []
+
+    def report(row: dict[str, Any]) -> None:
+        told.append(row)
+        kept.write(row)
+
+    state = _train(tmp_path / "checkpoints", Poisoned({16, 20, 24}), report, on_spike="rollback", max_skips=1)
+    kept.close()
+    rows = pq.read_table(tmp_path / "_meta" / "metrics.parquet").to_pylist()
+    timeless = [{name: value for name, value in row.items() if name not in window.TIMES} for row in rows]
+    assert timeless == state.curve and timeless[1]["rollbacks"] == 1
+    assert [row["step"] for row in told] == [2, 4, 4, 8, 10, 12], "step 6 diverged before it was told"
+    assert told[2] == {**told[1], "rollbacks": 1}, "with the times that it had"
+
+
+def test_a_rollback_to_a_row_of_an_earlier_process_is_told_without_its_times(tmp_path: Path) -> None:
+    _train(tmp_path, Poisoned(set()), max_steps=4)
+    told: list[dict[str, Any]] = []
+    _train(tmp_path, Poisoned({16, 20, 24}), told.append, on_spike="rollback", max_skips=1)
+    assert [(row["step"], row["rollbacks"]) for row in told] == [(4, 1), (8, 0), (10, 0), (12, 0)]
+    assert math.isnan(told[0]["samples_per_second"])
+
+
 def test_rollbacks_that_do_not_help_end_it(tmp_path: Path) -> None:
     with pytest.raises(spikes.Diverged, match="3 returns to an earlier checkpoint did not help"):
         _train(tmp_path, Poisoned(set(range(16, 400))), on_spike="rollback", max_skips=1, max_steps=100)
+
+
+ON_RANK_1 = {
+    "skip": ({"on_spike": "skip"}, {22}, 11),
+    "rollback": ({"on_spike": "rollback", "max_skips": 1}, {18, 22, 26}, 9),
+}
+"""What to do -> (settings, poisoned positions, steps that are made); of two ranks, the second has these positions."""
+
+
+def _survived(folder: Path, what: str, **changes: Any) -> dict[str, Any]:
+    """What is left of a training with poisoned samples."""
+    settings, bad, _ = ON_RANK_1[what]
+    state = _train(folder, Poisoned(bad), **settings, **changes)
+    whole = {name: distributed.whole(p) for name, p in distributed.unwrap(state.model).named_parameters()}
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in whole.items()},
+        "averages": {name: distributed.whole(p).tolist() for name, p in state.ema.state_dict().items()},
+        "steps": sorted({int(s["step"]) for s in state.optimizer.state.values()}),
+        "curve": state.curve,
+    }
+
+
+def survive(folder: str) -> None:
+    """Leaves what each rank of a world has after such trainings, replicated and sharded."""
+    window.LOG_EVERY = 2
+    for what in ON_RANK_1:
+        for fsdp in (False, True):
+            name = f"{what}-{fsdp}"
+            ranks = distributed.gathered(_survived(Path(folder) / name, what, fsdp=fsdp))
+            (Path(folder) / f"{name}.json").write_text(json.dumps(ranks))
+
+
+@pytest.mark.slow
+def test_samples_that_one_rank_has_alone_cost_every_rank_the_same_steps(tmp_path: Path) -> None:
+    worlds.run(__file__, "survive", 2, str(tmp_path))
+    for what, (_, _, made) in ON_RANK_1.items():
+        alone = _survived(tmp_path / "alone" / what, what)
+        assert alone["steps"] == [made]
+        for fsdp in (False, True):
+            first, second = json.loads((tmp_path / f"{what}-{fsdp}.json").read_text())
+            assert first == second, "the ranks agree to the bit"
+            assert first["steps"] == [made]
+            for part in ("weights", "averages"):
+                for name, values in alone[part].items():
+                    torch.testing.assert_close(torch.tensor(first[part][name]), torch.tensor(values))
+            for row, expected in zip(first["curve"], alone["curve"], strict=True):
+                assert row.pop("validation_loss") is None
+                assert row == pytest.approx({name: expected[name] for name in row}, rel=1e-5)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from training import loop, validation, window
+from data.loader import held_out_batches
+from tests.training.conftest import MemoryColumns
+from training import distributed, loop, validation, window
 from training.randomness import Draws
 from training.systems import clip, denoiser, prior, vae
 from training.systems.system import Batch, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worlds
 
 SIZES = {"block_out_channels": (8, 8), "norm_num_groups": 4}
 CONFIG = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "ema_decay": 0.9, "validate_every": 2}
@@ -122,3 +130,47 @@ def test_every_trainable_has_a_held_out_loss(columns, name: str) -> None:
 def test_it_is_due_once_per_interval_and_at_the_end(previous: int, clock: int, due: bool) -> None:
     assert validation.is_due(previous, clock, TrainConfig(max_steps=930, validate_every=100)) is due
     assert not validation.is_due(previous, clock, TrainConfig(max_steps=930))
+
+
+def _trainable(name: str, columns: MemoryColumns) -> Any:
+    if name == "denoiser":
+        return _denoiser(columns)[0]
+    tower = {"image_size": 16, "vision_layers": 1, "text_layers": 1, "context_length": 12}
+    return clip.fit(clip.ClipConfig(**tower), columns)
+
+
+def _loss_of_eleven(name: str) -> float:
+    """The held-out loss of fresh weights over eleven samples, in global batches of six."""
+    columns = MemoryColumns(11)
+    trainable = _trainable(name, columns)
+    state = loop.build_state(trainable, trainable.config)
+
+    def held_out() -> Iterator[Batch]:
+        return held_out_batches(
+            columns,  # type: ignore[arg-type]
+            trainable.columns,
+            batch_size=6,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+    return validation.validation_loss(trainable, state, trainable.config, held_out)
+
+
+def _losses_of_eleven() -> list[float]:
+    return [_loss_of_eleven(name) for name in ("denoiser", "clip")]
+
+
+def ask(found: str) -> None:
+    """Leaves what every rank of a world finds."""
+    losses = distributed.gathered(_losses_of_eleven())
+    Path(found).write_text(json.dumps(losses))
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_finds_the_loss_of_every_sample(tmp_path: Path) -> None:
+    alone = _losses_of_eleven()
+    for size in (2, 3):
+        worlds.run(__file__, "ask", size, str(tmp_path / "found.json"))
+        for found in json.loads((tmp_path / "found.json").read_text()):
+            assert found == pytest.approx(alone, rel=1e-6)

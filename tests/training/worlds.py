@@ -5,10 +5,12 @@ Run as a program: `worlds.py MODULE FUNCTION SIZE ARGUMENTS_JSON` calls FUNCTION
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,7 +38,8 @@ def run(module: str, function: str, size: int, *arguments: Any) -> None:
     try:
         assert world.wait(timeout=300) == 0
     finally:
-        world.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(world.pid, signal.SIGKILL)  # ranks that hang too
 
 
 def _loaded(module: str) -> ModuleType:

@@ -100,7 +100,8 @@ class Clip:
             pictures = mirrored(pictures, draws.uniform("clip.flip") < 0.5)
         moved = shifted(pictures, self._shifts(draws), self.config.max_shift)
         image, text, scale = model(preprocessed(moved, preprocess_config(self.config)), tokens)
-        return contrastive_loss(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
+        scale = scale.float().clamp(max=MAX_LOGIT_SCALE)
+        return contrastive_loss(image.float(), text.float(), scale, batch.get("weight"))
 
     def _shifts(self, draws: Draws) -> Tensor:
         return draws.integers("clip.shift", 2 * self.config.max_shift + 1, (2,)) - self.config.max_shift
@@ -126,16 +127,20 @@ def fit(config: ClipConfig, columns: Columns) -> Clip:  # noqa: ARG001
     return Clip(config)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None = None) -> Tensor:
     """Symmetric cross-entropy (B,) of matching pairs among all ranks' (Radford et al. 2021, arXiv 2103.00020, fig. 3).
 
-    `image` and `text` (B, D) are L2-normalised; row i of one belongs to row i of the other.
+    `image` and `text` (B, D) are L2-normalised; row i of one belongs to row i of the other. Nothing is held against a row
+    of `weight` 0, whose own loss says nothing.
     """
     images, texts, first = _gathered(image), _gathered(text), _rank() * len(image)
     matching = torch.arange(first, first + len(image), device=image.device)
-    by_image = F.cross_entropy(scale * image @ texts.T, matching, reduction="none")
-    by_text = F.cross_entropy(scale * text @ images.T, matching, reduction="none")
-    return (by_image + by_text) / 2
+    by_image, by_text = scale * image @ texts.T, scale * text @ images.T
+    if weight is not None:
+        absent = _gathered(weight) == 0
+        by_image, by_text = (logits.masked_fill(absent, -torch.inf) for logits in (by_image, by_text))
+    each = [F.cross_entropy(logits, matching, reduction="none") for logits in (by_image, by_text)]
+    return (each[0] + each[1]) / 2
 
 
 def shifted(pixels: Tensor, shifts: Tensor, max_shift: int) -> Tensor:

@@ -26,6 +26,7 @@ Batch: TypeAlias = dict[str, Any]
     text_hidden  (B, T, D) float32, zero after the caption's end; with it text_length (B,) int64, tokens before padding
     vae_moments  (B, 2C, h, w) float32, mean then log-variance, unscaled
     position     (B,) int64, always there: the samples' global positions in the training stream
+    weight       (B,) float32, of held-out batches: 1, or 0 for what only makes the ranks' shares equal
 """
 
 
