@@ -66,7 +66,7 @@ def keep_for_others(folder: str, config: TrainConfig) -> None:
         return
     steps = [name for name in storage.list_folders(folder) if name.startswith("step_")]
     earlier = [name for name in steps if name < f"step_{config.max_steps:08d}"]
-    storage.remove(storage.join(folder, "LATEST"))
+    storage.remove(storage.join(folder, checkpoint_facts.LATEST))
     for name in set(steps) - set(earlier[-1:]):
         storage.remove_tree(storage.join(folder, name))
 

@@ -112,6 +112,22 @@ def test_a_checkpoint_of_another_training_is_refused_and_stays(data, tmp_path):
     assert (step / "state.json").is_file()
 
 
+def _workers_started() -> int:
+    actors = ray._private.state.actors().values()
+    return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
+
+
+def test_a_training_that_diverges_is_not_tried_again_and_names_step_and_sample(data, tmp_path):
+    before = _workers_started()
+    config = tiny(max_steps=400, num_workers=2, on_spike="fail", spike_factor=1.0001)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^the loss is .* at step \d+: the largest loss is [\d.]+, of sample \d{9}; lower the learning rate",
+    ):
+        run("vae", config, {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
+    assert _workers_started() - before == 2
+
+
 def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpoint(data, tmp_path):
     folder = tmp_path / "vae"
     config = tiny(max_steps=400, checkpoint_every=20, validate_every=200)

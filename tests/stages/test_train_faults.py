@@ -26,7 +26,9 @@ from data import sources
 from data.manifest import Snapshot, publish_snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import SourceConfig
+from stages import restarts
 from stages.contract import InputRef, StageSpec
+from training import checkpoint_facts
 from training.systems.vae import VaeConfig
 
 CHECKOUT = Path(__file__).parents[2]
@@ -179,6 +181,17 @@ def test_a_killed_worker_and_then_a_killed_driver_change_no_bit(data, expected, 
     rows = pq.read_table(folder / "_meta" / "metrics.parquet").to_pylist()
     assert [row["step"] for row in rows] == list(range(20, STEPS + 1, 20))
     assert not checkpoints(folder), "a cosine schedule leaves nothing to go on from"
+
+
+@pytest.mark.parametrize("fsdp", [False], ids=["ddp"])
+def test_workers_may_die_any_number_of_times_while_checkpoints_advance(data, expected, tmp_path, fsdp):
+    folder = tmp_path / "vae"
+    run, seen = start(data, folder, fsdp=fsdp), ""
+    for _ in range(restarts.IN_A_ROW + 2):
+        wait_for(lambda at=seen: checkpoint_facts.latest(str(folder / "checkpoints")) > at, run)
+        seen = checkpoint_facts.latest(str(folder / "checkpoints"))
+        os.kill(wait_for(lambda: workers_below(run.pid), run)[0], signal.SIGKILL)
+    assert finish(run, folder) == expected
 
 
 @pytest.fixture
