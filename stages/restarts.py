@@ -37,7 +37,8 @@ def _would_return(cause: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What the workers failed of, by rank; where none did, what else there is to blame."""
+    """What the workers failed of, by rank; where none did, what Ray's controller did or what else there is to blame."""
     failures = getattr(error, "worker_failures", None) or {}
-    found = [failures[rank] for rank in sorted(failures)] or [error.__cause__ or error]
+    other = getattr(error, "controller_failure", None) or error.__cause__ or error
+    found = [failures[rank] for rank in sorted(failures)] or [other]
     return [getattr(each, "cause", None) or each for each in found]

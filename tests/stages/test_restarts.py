@@ -69,4 +69,4 @@ def test_what_is_told_of_workers_that_died_says_that_it_was_tried() -> None:
     assert str(told).endswith("(3 restarts in a row brought no newer checkpoint)")
     lost = ConnectionResetError("reset")
     assert restarts.told(WorkerGroupError("", {0: RuntimeError("closed"), 1: lost})) is lost
-    assert str(restarts.told(NO_START)) == "training failed: ControllerError: no start"
+    assert str(restarts.told(NO_START)) == "training failed: RuntimeError: no start"
