@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data import storage
 from data.config import fingerprint, result_fields
@@ -60,20 +66,51 @@ def donor(folder: str, config: TrainConfig, identity: str) -> Donor | None:
 
 
 def keep_for_others(folder: str, config: TrainConfig) -> None:
-    """Of a finished training's checkpoints under `folder`, keeps what a longer one could go on from: the newest before the last."""
-    if not is_open_ended(config):
-        storage.remove_tree(folder)
-        return
+    """Of a finished training's checkpoints under `folder`, keeps what a longer one could go on from, the newest before the last,
+    and the one of the lowest held-out loss where that is lower than at the end.
+    """
     steps = [name for name in storage.list_folders(folder) if name.startswith("step_")]
     earlier = [name for name in steps if name < f"step_{config.max_steps:08d}"]
-    storage.remove(storage.join(folder, "LATEST"))
-    for name in set(steps) - set(earlier[-1:]):
+    kept = {*_best(folder, steps), *(earlier[-1:] if is_open_ended(config) else [])}
+    if not kept:
+        storage.remove_tree(folder)
+        return
+    storage.remove(storage.join(folder, checkpoint_facts.LATEST))
+    for name in set(steps) - kept:
         storage.remove_tree(storage.join(folder, name))
 
 
+def _best(folder: str, steps: Sequence[str]) -> list[str]:
+    """The checkpoint of the lowest held-out loss, unless it is the last one, whose weights are published."""
+    losses = {}
+    for name in steps:
+        with suppress(OSError, ValueError):
+            losses[name] = checkpoint_facts.read(storage.join(folder, name)).get("validation_loss")
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    best = min(known, key=lambda name: (known[name], name), default=None)
+    return [best] if best and known[best] < known.get(steps[-1], math.inf) else []
+
+
 def adopt(given: Donor, folder: str) -> None:
-    """A copy of the donor's checkpoint under `folder`, where this training looks for its own; what makes it one comes last."""
+    """A copy of the donor's checkpoint under `folder`, where this training looks for its own; what makes it one comes last.
+
+    The donor's metrics up to there come before it, and stand beside `folder` as this training's own.
+    """
+    _adopt_metrics(given, folder)
     target = storage.join(folder, given.path.rsplit("/", 1)[1])
     names = [name for name in storage.list_files(given.path) if name != checkpoint_facts.FILE]
     for name in [*names, checkpoint_facts.FILE]:
         storage.copy(storage.join(given.path, name), storage.join(target, name))
+
+
+def _adopt_metrics(given: Donor, folder: str) -> None:
+    """Rows up to the donor's step; events whole, since the first one that follows tells readers to pass over what is later."""
+    theirs = storage.join(given.path.rsplit("/", 2)[0], "_meta")
+    ours = storage.join(folder.rsplit("/", 1)[0], "_meta")
+    rows = storage.join(theirs, "metrics.parquet")
+    if storage.exists(rows):
+        buffer, table = io.BytesIO(), pq.read_table(io.BytesIO(storage.read_bytes(rows)))
+        pq.write_table(table.filter(pc.field("step") <= given.step), buffer)
+        storage.write_bytes(storage.join(ours, "metrics.parquet"), buffer.getvalue())
+    for name in storage.list_files(storage.join(theirs, "tensorboard")):
+        storage.copy(storage.join(theirs, "tensorboard", name), storage.join(ours, "tensorboard", name))

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from data import storage
-from data.errors import DarkroomError, StageFailed, UserError
+from data.errors import StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import START, Snapshot, load_snapshot
-from stages import cluster, logs, model_card, publishing, spending
+from stages import cluster, logs, model_card, publishing, restarts, spending
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit, stopping_seconds
@@ -171,6 +171,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
     trainer = ColumnTrainer(
         train_worker.work,
         alone=cluster.is_own(),
+        checkpoints=storage.join(workspace.folder, "checkpoints"),
         train_loop_config={
             "name": name,
             "config": config.model_dump(mode="json"),
@@ -190,7 +191,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
         run_config=RunConfig(
             name=f"{name}-{time.time_ns():x}",  # Ray's own record of a run is never resumed from: ours is
             **_ray_storage(records),
-            failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
+            failure_config=FailureConfig(restarts.IN_A_ROW, controller_failure_limit=restarts.IN_A_ROW),
         ),
     )
     _watch(trainer.fit, board, config, workspace)
@@ -217,11 +218,11 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
         log.warning("saving a checkpoint before the training stops")
         board.stop.remote()
         if not ended.wait(seconds := stopping_seconds()) or failure:
-            why = _root_cause(failure[0]) if failure else f"it took more than {seconds:g} s"
+            why = restarts.told(failure[0]) if failure else f"it took more than {seconds:g} s"
             log.warning("it stopped without one (%s): the last checkpoint before it counts", why)
         raise
     if failure:
-        raise _root_cause(failure[0]) from failure[0]
+        raise restarts.told(failure[0]) from failure[0]
 
 
 def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: Workspace) -> None:
@@ -263,17 +264,6 @@ def _capture(fit: Callable[[], Any], failure: list[BaseException], ended: thread
         failure.append(error)
     finally:
         ended.set()
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The worker's own error, when it is one that says what to do; else a StageFailed that quotes it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException | None = next(iter(failures.values()), None) or error.__cause__ or error
-    inner = getattr(cause, "cause", None) or cause
-    if isinstance(inner, DarkroomError | FloatingPointError | OSError):
-        return inner
-    lines = str(inner).strip().splitlines() or [""]
-    return StageFailed(f"training failed: {type(inner).__name__}: {lines[-1]}")
 
 
 def _ray_storage(url: str) -> dict[str, Any]:

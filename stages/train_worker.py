@@ -123,7 +123,7 @@ def _beginning(spec: dict[str, Any]) -> Callable[[torch.nn.Module], None]:
 def _held_out(
     trainable: Trainable, held: ColumnSet, config: TrainConfig
 ) -> Callable[[], Iterator[Batch]] | None:
-    if len(held) < distributed.world_size():
+    if not len(held):
         return None
     return lambda: held_out_batches(
         held,

@@ -12,19 +12,26 @@ from typing import Any
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from stages import restarts
+from training import checkpoint_facts
 
 
 class ColumnTrainer(DataParallelTrainer):
     """Runs a function on workers that read columns for themselves: it is given no datasets, and starts no actor to manage them.
 
     With `alone`, on a cluster that ends with this process, none either that frees the workers' places when Ray's controller
-    dies, since that fails the training and the cluster goes with the run, and none that asks for more nodes.
+    dies, since that fails the training and the cluster goes with the run, and none that asks for more nodes. The limits of
+    its FailureConfig count from the newest of the `checkpoints`.
     """
 
-    def __init__(self, *arguments: Any, alone: bool, **options: Any) -> None:
-        self._alone = alone
+    def __init__(self, *arguments: Any, alone: bool, checkpoints: str, **options: Any) -> None:
+        self._alone, self._checkpoints = alone, checkpoints
         self._needless = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
         super().__init__(*arguments, backend_config=_Devices(), **options)
 
@@ -32,9 +39,27 @@ class ColumnTrainer(DataParallelTrainer):
         return [call for call in super()._create_default_callbacks() if not isinstance(call, self._needless)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["failure_policy"] = WhileItAdvances(self.run_config.failure_config, self._checkpoints)
         if self._alone:
             options["scaling_policy"] = _Unannounced(self.scaling_config)
         return super()._initialize_and_run_controller(**options)
+
+
+class WhileItAdvances(DefaultFailurePolicy):
+    """Workers that died are replaced as long as checkpoints advance, and not at all when they would fail of the same again."""
+
+    def __init__(self, limits: FailureConfig, checkpoints: str) -> None:
+        super().__init__(limits)
+        self._checkpoints, self._seen = checkpoints, checkpoint_facts.latest(checkpoints)
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Whether to start the workers again; what has failed before the newest checkpoint does not count."""
+        if restarts.final(training_failed_error):
+            return FailureDecision.RAISE
+        newest = checkpoint_facts.latest(self._checkpoints)
+        if newest != self._seen:
+            self._seen, self._worker_group_failures, self._controller_failures = newest, 0, 0
+        return super().make_decision(training_failed_error)
 
 
 class _Unannounced(FixedScalingPolicy):

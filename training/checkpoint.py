@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ from training.ema import Ema
 
 log = logging.getLogger("darkroom.checkpoint")
 
+T = TypeVar("T")
 KEEP = 2
 DEADLINE = timedelta(minutes=30)
 """Longest wait for the other ranks, and for a write."""
@@ -149,29 +150,36 @@ class Saver:
     def _write(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         place, name = self._place, f"step_{facts['clock']:08d}"
         self._on_first_rank(lambda: place.begin(name))
-        draft = place.draft(name)
-        _write_tensors(tensors, draft, self._group)
-        mine = sorted(draft.glob(f"shard-{distributed.rank() + 1:05d}-*"))
-        written = {path.name: (sha256(path), path.stat().st_size) for path in mine}
-        self._on_every_rank(lambda: place.keep(name, draft, mine))
+        draft = self._on_every_rank(lambda: place.draft(name))
+        written = self._on_every_rank(lambda: self._write_part(tensors, name, draft))
         everything = {file: found for part in self._gathered(written) for file, found in part.items()}
         facts["sha256"] = {file: digest for file, (digest, _) in everything.items()}
         facts["bytes"] = {file: size for file, (_, size) in everything.items()}
         self._on_first_rank(lambda: place.commit(name, facts, self.keep))
 
+    def _write_part(self, tensors: dict[str, Tensor], name: str, draft: Path) -> dict[str, tuple[str, int]]:
+        """Brings this rank's tensors to where they can be committed; file -> its digest and size. Collective."""
+        _write_tensors(tensors, draft, self._group)
+        mine = sorted(draft.glob(f"shard-{distributed.rank() + 1:05d}-*"))
+        written = {path.name: (sha256(path), path.stat().st_size) for path in mine}
+        self._place.keep(name, draft, mine)
+        return written
+
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Rank 0 does it, and all go on when it is done, or raise what it raised."""
         self._on_every_rank(action if distributed.rank() == 0 else lambda: None)
 
-    def _on_every_rank(self, action: Callable[[], None]) -> None:
-        """Every rank does it, and all go on when all have done it, or raise what the first of them raised."""
+    def _on_every_rank(self, action: Callable[[], T]) -> T:
+        """What this rank's action returns, when all have done theirs; else raises, everywhere, what the first of them raised."""
+        result: T | None = None
         failure: Exception | None = None
         try:
-            action()
-        except Exception as error:
-            failure = error
+            result = action()
+        except (Exception, CheckpointException) as error:
+            failure = _cause(error)
         if failure := next(filter(None, self._gathered(failure)), None):
             raise failure
+        return cast(T, result)
 
     def _gathered(self, value: Any) -> list[Any]:
         if self._group is None:

@@ -10,6 +10,8 @@ from typing import Any
 from data import storage
 
 FILE = "state.json"
+LATEST = "LATEST"
+"""A file beside the checkpoints with the name of the one that was written last."""
 
 
 def refuse_another(candidate: Path | str, facts: dict[str, Any], identity: str) -> None:
@@ -26,6 +28,14 @@ def read(candidate: Path | str) -> dict[str, Any]:
     if not isinstance(facts, dict) or facts.pop("digest", None) != digest(facts):
         raise ValueError(f"{FILE} changed on disk")
     return facts
+
+
+def latest(folder: str) -> str:
+    """The name of the checkpoint that was last written under `folder`; empty where there is none, or no telling."""
+    try:
+        return storage.read_bytes(storage.join(folder, LATEST)).decode()
+    except OSError:
+        return ""
 
 
 def payload(facts: dict[str, Any]) -> bytes:

@@ -18,8 +18,7 @@ from data import storage
 from data.manifest import FileRecord
 from data.shard_cache import ShardCache
 from training import checkpoint_facts, distributed
-
-LATEST = "LATEST"
+from training.checkpoint_facts import LATEST
 
 
 class Place(Protocol):

@@ -65,6 +65,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def wait_for_device() -> None:
+    """Returns once this worker's device has done all that it was given."""
+    if device().type == "cuda":
+        torch.cuda.synchronize(device())
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """A process group of those whom RANK, WORLD_SIZE and MASTER_ADDR name, as `torchrun` sets them; none when alone.

@@ -18,6 +18,7 @@ from data import storage
 from training import checkpoint, distributed, execution, flops, optim, samples, spikes, validation
 from training.checkpoint import TrainState
 from training.ema import Ema
+from training.notices import Notices
 from training.randomness import Draws
 from training.systems.system import Batch, Trainable, TrainConfig
 from training.window import Reports, Window, timed
@@ -52,9 +53,9 @@ def train(
     `report` is given every row of the curve with its times, once more the row that a rollback goes on from (those after it
     are void), and `keep` called before a checkpoint holds them. `key_of` names
     samples in messages, `held_out` is what the averaged weights are asked about every `config.validate_every` steps; pictures of it go to `_meta/samples` beside `folder`.
-    `preempted` tells that this place will be taken away soon: asked at every look at the loss, answered with a checkpoint.
+    `preempted` tells that this place will be taken away soon: asked as `notices` says, and answered with a checkpoint.
     `begin` may change the fresh weights that a training without a checkpoint starts from, on every rank alike.
-    `stopped`, asked then too, tells that somebody wants it to end: a checkpoint is saved, and the state is short of the end.
+    `stopped`, asked with it, tells that somebody wants it to end: a checkpoint is saved, and the state is short of the end.
     Raises FloatingPointError, naming steps and samples, when gradients are not finite and `config` knows no way on.
     """
     state, reports = build_state(trainable, config, begin), Reports(report)
@@ -63,7 +64,8 @@ def train(
     with checkpoint.Saver(folder, identity, max_steps=config.max_steps, before=keep) as saver:
         while state.clock < config.max_steps:
             try:
-                _run(trainable, state, batches, config, saver, reports, key_of, held_out, preempted, stopped)
+                notices = Notices(state.clock, preempted, stopped)
+                _run(trainable, state, batches, config, saver, reports, key_of, held_out, notices)
                 break
             except spikes.Diverged as error:
                 if config.on_spike != "rollback":
@@ -81,8 +83,7 @@ def _run(
     report: Callable[[Row], None],
     key_of: spikes.KeyOf,
     held_out: validation.HeldOut | None,
-    preempted: Callable[[], bool],
-    stopped: Callable[[], bool],
+    notices: Notices,
 ) -> None:
     """Steps from the state's clock to the end of the batches or of training."""
     window = Window(trainable, config, state, key_of)
@@ -93,7 +94,8 @@ def _run(
         if isinstance(network, flops.Recorded):
             window.count_flops(network, state.clock)
         is_leaving = is_stopping = False
-        if window.is_due(state.clock):
+        is_look = window.is_due(state.clock)
+        if is_look:
             since, row = window.rows_end, window.close(state)
             if held_out is not None and validation.is_due(since, state.clock, config):
                 loss = validation.validation_loss(trainable, state, config, held_out)
@@ -102,8 +104,8 @@ def _run(
                 samples.write_samples(trainable, state, config, held_out, pictures)
                 row |= window.validated(loss)
             report(row)
-            told = distributed.gathered((preempted(), stopped()))
-            is_leaving, is_stopping = any(map(any, told)), any(stop for _, stop in told)
+        if is_look or notices.is_due(state.clock):
+            is_leaving, is_stopping = notices.ask(state.clock)
         is_last = state.clock == config.max_steps
         if is_last or is_leaving or state.clock % config.checkpoint_every == 0:
             state.pending = window.look(state.clock)

@@ -107,6 +107,12 @@ def test_a_training_that_no_cluster_can_run_is_refused_by_the_plan(complaint, tm
     assert "prior.fsdp shards weights over workers and needs prior.num_workers of 2 or more" in complaint(
         "run", "demo", "--set=prior.fsdp=true", "--set=prior.num_workers=1"
     )
+    assert "CLIP's loss needs the whole batch at once; use more workers" in complaint(
+        "plan", "demo", "--set=clip.accumulate=2"
+    )
+    assert "vae.accumulate=7 does not divide a worker's 16 samples of vae.batch_size=16" in complaint(
+        "plan", "demo", "--set=vae.accumulate=7"
+    )
     assert "wandb, mlflow, or both" in complaint("plan", "demo", "--set=clip.log_to=tensorflow")
     if importlib.util.find_spec("wandb") is None:
         said = complaint("run", "demo", "--set=vae.log_to=wandb")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stages import continuation
-from training import loop
+from training import checkpoint, loop
+from training.sinks import Sinks, rows_at
 from training.systems.system import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -83,6 +84,47 @@ def test_a_damaged_donor_is_passed_over(tmp_path: Path) -> None:
     _train(tmp_path / "short", SHORT)
     (tmp_path / "short" / "checkpoints" / "step_00000030" / "state.json").write_text("{")
     assert continuation.donor(str(tmp_path / "long"), LONG, _identity(LONG)) is None
+
+
+def test_what_is_told_of_a_training_goes_on_with_it(tmp_path: Path) -> None:
+    (meta := tmp_path / "short" / "_meta").mkdir(parents=True)
+    told = Sinks(str(meta))
+    loop.train(
+        Regression(),
+        _batches(SHORT),
+        SHORT,
+        tmp_path / "short" / "checkpoints",
+        identity=_identity(SHORT),
+        report=told.write,
+    )
+    told.close()
+    given = continuation.donor(str(tmp_path / "long"), LONG, _identity(LONG))
+    assert given and [row["step"] for row in rows_at(str(meta / "metrics.parquet"))] == [20, 40, 50]
+    continuation.adopt(given, str(tmp_path / "long" / "checkpoints"))
+    adopted = rows_at(str(tmp_path / "long" / "_meta" / "metrics.parquet"))
+    assert adopted == rows_at(str(meta / "metrics.parquet"))[:1]
+    events = [path.name for path in (meta / "tensorboard").iterdir()]
+    assert events == [path.name for path in (tmp_path / "long" / "_meta" / "tensorboard").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ((0.5, 0.3, 0.4), ["step_00000020"]),
+        ((0.5, 0.4, 0.3), []),
+        ((0.3, 0.3, 0.3), []),
+        ((None, None, None), []),
+    ],
+)
+def test_the_checkpoint_of_the_lowest_held_out_loss_stays_unless_it_is_the_last(
+    tmp_path: Path, losses: tuple[float | None, ...], kept: list[str]
+) -> None:
+    state = loop.build_state(Regression(), config := SHORT.model_copy(update={"schedule": "cosine"}))
+    for state.clock, loss in zip((10, 20, config.max_steps), losses, strict=True):
+        state.curve = [*(state.curve or []), {"step": state.clock, "validation_loss": loss}]
+        checkpoint.save(tmp_path, state, "one")
+    continuation.keep_for_others(str(tmp_path), config)
+    assert [path.name for path in tmp_path.glob("*")] == kept
 
 
 def test_a_finished_training_keeps_one_checkpoint_to_go_on_from_or_none(tmp_path: Path) -> None:

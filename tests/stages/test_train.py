@@ -20,10 +20,12 @@ from data.errors import UserError
 from data.manifest import Snapshot, publish_snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import SourceConfig
+from stages import model_card
 from stages.cluster import cluster, num_cpus
 from stages.contract import Workspace
 from stages.train import STAGES, run
 from training import checkpoint_facts
+from training.sinks import rows_at
 from training.systems.denoiser import DenoiserConfig
 from training.systems.vae import VaeConfig
 
@@ -110,6 +112,48 @@ def test_a_checkpoint_of_another_training_is_refused_and_stays(data, tmp_path):
     with pytest.raises(UserError, match=r"step_00000002 belongs to another, not to .*: remove it or train"):
         run("vae", tiny(), {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
     assert (step / "state.json").is_file()
+
+
+def test_an_extended_training_has_all_metrics_and_a_card_that_says_what_both_parts_took(data, tmp_path):
+    constant = {"schedule": "constant", "warmup_steps": 5, "checkpoint_every": 30, "seed": 11}
+    short, long = tmp_path / "short", tmp_path / "long"
+    run("vae", tiny(max_steps=40, num_workers=2, **constant), {"data": data}, Workspace(str(short), "a" * 12))
+    run("vae", tiny(max_steps=60, num_workers=1, **constant), {"data": data}, Workspace(str(long), "b" * 12))
+    before, rows = (rows_at(str(folder / "_meta" / "metrics.parquet")) for folder in (short, long))
+    assert [(row["step"], row["devices"]) for row in rows] == [(20, 2), (40, 1), (60, 1)]
+    assert rows[0] == before[0] and [row["step"] for row in before] == [20, 40]
+    assert len(list((long / "_meta" / "tensorboard").iterdir())) == 2
+    card = (long / "README.md").read_text()
+    spent = model_card.cost(rows)
+    assert spent["wall_seconds"] < spent["device_seconds"] < 2 * spent["wall_seconds"]
+    for line in (
+        "# vae " + "b" * 12,
+        "| steps | 60 |",
+        "| samples per step | 6 |",
+        "| seed | 11 |",
+        f"| hardware | 2 × {rows[0]['device']}, then 1 × {rows[1]['device']} |",
+        f"| wall time | {spent['wall_seconds']:.0f} s in steps |",
+        f"| device-hours | {spent['device_seconds'] / 3600:.4f} |",
+        f"| data | shard {data.fingerprint}, 24 samples, digest {data.digest[:12]} |",
+        '"schedule": "constant"',
+    ):
+        assert line in card
+
+
+def _workers_started() -> int:
+    actors = ray._private.state.actors().values()
+    return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
+
+
+def test_a_training_that_diverges_is_not_tried_again_and_names_step_and_sample(data, tmp_path):
+    before = _workers_started()
+    config = tiny(max_steps=400, num_workers=2, on_spike="fail", spike_factor=1.0001)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^the loss is .* at step \d+: the largest loss is [\d.]+, of sample \d{9}; lower the learning rate",
+    ):
+        run("vae", config, {"data": data}, Workspace(str(tmp_path / "vae"), "f" * 12))
+    assert _workers_started() - before == 2
 
 
 def test_a_training_worker_that_is_killed_is_replaced_and_resumes_at_its_checkpoint(data, tmp_path):

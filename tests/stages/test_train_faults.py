@@ -26,7 +26,9 @@ from data import sources
 from data.manifest import Snapshot, publish_snapshot
 from data.shards import ShardConfig, write_shard
 from data.sources import SourceConfig
+from stages import restarts
 from stages.contract import InputRef, StageSpec
+from training import checkpoint_facts
 from training.systems.vae import VaeConfig
 
 CHECKOUT = Path(__file__).parents[2]
@@ -53,16 +55,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return publish_snapshot(out, snapshot)
 
 
-def start(data: Snapshot, folder: Path, *options: str, fsdp: bool) -> subprocess.Popen[str]:
+def start(
+    data: Snapshot, folder: Path, *options: str, fsdp: bool, checkpoint_every: int = 50, steps: int = STEPS
+) -> subprocess.Popen[str]:
     """The training as `python -m stages` runs it, in a process group of its own."""
     config = VaeConfig(
         block_out_channels=(8, 8),
         norm_num_groups=4,
-        max_steps=STEPS,
+        max_steps=steps,
         batch_size=6,
         num_workers=2,
         fsdp=fsdp,
-        checkpoint_every=50,
+        checkpoint_every=checkpoint_every,
         seed=3,
     )
     spec = StageSpec(
@@ -179,6 +183,31 @@ def test_a_killed_worker_and_then_a_killed_driver_change_no_bit(data, expected, 
     rows = pq.read_table(folder / "_meta" / "metrics.parquet").to_pylist()
     assert [row["step"] for row in rows] == list(range(20, STEPS + 1, 20))
     assert not checkpoints(folder), "a cosine schedule leaves nothing to go on from"
+
+
+@pytest.mark.parametrize("fsdp", [False], ids=["ddp"])
+def test_workers_may_die_any_number_of_times_while_checkpoints_advance(data, expected, tmp_path, fsdp):
+    folder = tmp_path / "vae"
+    run, seen = start(data, folder, fsdp=fsdp), ""
+    for _ in range(restarts.IN_A_ROW + 2):
+        wait_for(lambda at=seen: checkpoint_facts.latest(str(folder / "checkpoints")) > at, run)
+        seen = checkpoint_facts.latest(str(folder / "checkpoints"))
+        os.kill(wait_for(lambda: workers_below(run.pid), run)[0], signal.SIGKILL)
+    assert finish(run, folder) == expected
+
+
+def test_workers_that_die_before_every_checkpoint_end_the_training_with_a_sentence(data, tmp_path):
+    folder = tmp_path / "vae"
+    run = start(data, folder, fsdp=False, checkpoint_every=10**6, steps=10**6)
+    for attempt in range(restarts.IN_A_ROW + 1):
+        wait_for(lambda n=attempt: len(list(folder.glob("_meta/tensorboard/events.*"))) > n, run)
+        os.kill(workers_below(run.pid)[0], signal.SIGKILL)
+    try:
+        said, _ = run.communicate(timeout=200)
+    finally:
+        kill(run)
+    assert run.returncode == 1 and not checkpoints(folder)
+    assert "training failed: " in said and "(3 restarts in a row brought no newer checkpoint)" in said
 
 
 @pytest.fixture

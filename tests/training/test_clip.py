@@ -110,9 +110,23 @@ def test_a_vit_l_14_builds_on_the_meta_device(columns):
     assert 420e6 < sum(p.numel() for p in model.parameters()) < 435e6
 
 
-def test_a_patch_that_does_not_divide_the_picture_is_refused():
-    with pytest.raises(ValidationError, match=r"image_size 32 is not a multiple of vision_patch_size 5"):
-        ClipConfig(vision_patch_size=5)
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"vision_patch_size": 5}, "image_size 32 is not a multiple of vision_patch_size 5"),
+        ({"vision_heads": 5}, "vision_width 96 is not a multiple of vision_heads 5"),
+        ({"text_heads": 3}, "text_width 64 is not a multiple of text_heads 3"),
+        (
+            {"accumulate": 2},
+            "accumulate 2 would show each caption fewer pictures than batch_size.*use more workers",
+        ),
+        ({"context_length": 78}, "context_length\n.*less than or equal to 77"),
+        ({"batchsize": 8}, "batchsize\n.*not permitted"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(setting, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        ClipConfig(**setting)
 
 
 @pytest.mark.slow

@@ -203,9 +203,9 @@ def test_a_notice_that_this_place_goes_is_answered_with_a_checkpoint_before_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window, "LOG_EVERY", 2)
-    notices, seen = iter([False, True, False, False]), Regression()
+    seen = Regression()
     config = CONFIG.model_copy(update={"checkpoint_every": 100})
-    _train(tmp_path, config, trainable=seen, last_step=5, preempted=lambda: next(notices))
+    _train(tmp_path, config, trainable=seen, last_step=5, preempted=lambda: len(seen.seen) == 4)
     assert len(seen.seen) == 5 and [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
 
 
@@ -214,8 +214,8 @@ def test_told_to_stop_it_saves_a_checkpoint_and_goes_on_from_there_as_if_nothing
 ) -> None:
     monkeypatch.setattr(window, "LOG_EVERY", 2)
     config = CONFIG.model_copy(update={"checkpoint_every": 100})
-    told, seen = iter([False, True]), Regression()
-    state = _train(tmp_path / "stopped", config, trainable=seen, stopped=lambda: next(told))
+    seen = Regression()
+    state = _train(tmp_path / "stopped", config, trainable=seen, stopped=lambda: len(seen.seen) >= 3)
     assert state.clock == len(seen.seen) == 4 < config.max_steps
     assert [path.name for path in (tmp_path / "stopped").glob("step_*")] == ["step_00000004"]
     resumed = _train(tmp_path / "stopped", config)
