@@ -68,14 +68,18 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
 
 
 def _scored(path: str) -> dict[str, Measured]:
+    if not storage.exists(path):
+        raise UserError(
+            f"{path} does not exist: give a file that `darkroom score --json` was redirected to, or a run"
+        )
     try:
         rows = json.loads(storage.read_bytes(path))["scores"]
         for row in rows:
             row["protocol"].pop("digest", None)
         return {row["name"]: Measured.model_validate(row) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is not what `darkroom score --json` prints ({error}): redirect its output to a file"
+            f"{path} is not what `darkroom score --json` prints ({str(error).splitlines()[0]}): redirect its output to a file"
         ) from error
 
 

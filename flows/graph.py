@@ -232,6 +232,7 @@ def _encoder(recipe: Recipe, kind: str) -> str | InputRef:
     source = getattr(recipe, kind).pretrained
     if source is None:
         return kind
+    source = source.removeprefix("hub:")
     place = Path(source.removeprefix("file://")).expanduser()
     if place.is_dir():
         source = str(place.resolve())  # workers and later commands may stand in another folder

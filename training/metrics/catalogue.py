@@ -19,7 +19,7 @@ from training.metrics.clip_score import clip_score
 from training.metrics.extrapolation import frechet_at_infinity
 from training.metrics.frechet import Gaussian
 from training.metrics.inception_score import inception_score
-from training.metrics.intervals import Deletions, Estimate, frechet_estimate
+from training.metrics.intervals import Deletions, Estimate, frechet_estimate, share_interval, wilson_interval
 from training.metrics.moments import Accumulate, accumulate_here
 from training.metrics.neighbours import DENSITY_K, PRECISION_K, Neighbours, neighbours
 
@@ -63,6 +63,11 @@ class Sample:
     """Where moments of `fake` are taken."""
     group: int = 1
     """Consecutive rows of `fake` that belong to one prompt: no block of the jackknife parts them."""
+
+    @property
+    def prompts(self) -> int:
+        """Groups of pictures that may be all alike."""
+        return max(len(self.fake) // self.group, 1)
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -136,7 +141,25 @@ def _infinity(sample: Sample) -> Value:
 
 
 def _share(name: str) -> Callable[[Sample], Value]:
-    return lambda sample: Value.of(getattr(sample.neighbours, name))
+    """Of a measure that lies in [0, 1]."""
+
+    def compute(sample: Sample) -> Value:
+        found: Estimate = getattr(sample.neighbours, name)
+        return _within_one(found, wilson_interval(found.value * sample.prompts, sample.prompts))
+
+    return compute
+
+
+def _density(sample: Sample) -> Value:
+    return Value.of(sample.neighbours.density, at_least=0.0)
+
+
+def _within_one(found: Estimate, wilson: tuple[float, float]) -> Value:
+    """`found` with its interval or Wilson's, whichever reaches further: the jackknife has no width at 0 and 1."""
+    (low, high), (least, most) = found.interval, wilson
+    return Value(
+        found.value, (max(min(low, least), 0.0), min(max(high, most), 1.0)), deletions=found.deletions
+    )
 
 
 def _kid(sample: Sample) -> Value:
@@ -149,7 +172,7 @@ def _kid_of_subsets(sample: Sample) -> Value:
 
 
 def _inception_score(sample: Sample) -> Value:
-    return Value.of(inception_score(sample.fake, _given(sample.head), group=sample.group))
+    return Value.of(inception_score(sample.fake, _given(sample.head), group=sample.group), at_least=1.0)
 
 
 def _clip_score(sample: Sample) -> Value:
@@ -176,9 +199,11 @@ def _mean(sample: Sample, values: np.ndarray) -> Estimate:
 
 
 def _recall(side: str, at: int) -> Callable[[Sample], Value]:
-    return lambda sample: Value.of(
-        _mean(sample, retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at))
-    )
+    def compute(sample: Sample) -> Value:
+        right = retrieval.recalled(getattr(sample.retrieval, f"{side}_rank"), at)
+        return _within_one(_mean(sample, right), share_interval(right, group=sample.group))
+
+    return compute
 
 
 def _given(value: Any) -> Any:
@@ -205,7 +230,14 @@ METRICS: dict[str, Metric] = {
         settings={"subsets": 100, "size": 1000, "seed": 2020},
     ),
     **{
-        name: Metric("inception", _share(name), "higher", meaning, needs="real", settings={"k": k})
+        name: Metric(
+            "inception",
+            _density if name == "density" else _share(name),
+            "higher",
+            meaning,
+            needs="real",
+            settings={"k": k},
+        )
         for name, k, meaning in (
             ("precision", PRECISION_K, f"generated images among real ones, k = {PRECISION_K}, closed balls"),
             ("recall", PRECISION_K, f"real images among generated ones, k = {PRECISION_K}, closed balls"),

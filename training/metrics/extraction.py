@@ -6,8 +6,8 @@ Legend: N pictures, D feature width.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from data.errors import SampleError, UserError
 from data.folders import is_image
 from training.metrics.extractors import MICRO_BATCH, Extractor, pictures
 
-BLOCK = 256
+BLOCK = 64
 """Rows after which it is told on disk how far extraction has come; a multiple of MICRO_BATCH, so that a batch is never parted."""
 
 Progress = Callable[[int, int], None]
@@ -84,6 +84,33 @@ def _extract(
     report: Progress,
 ) -> Extracted:
     """`batches` gives micro-batches from a row on, with their first rows."""
+    with _alone(folder):
+        try:
+            return _extract_alone(batches, names, extractors, folder, report)
+        except OSError as error:
+            raise UserError(f"features cannot be kept in {folder} ({error}): give another folder") from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Others who extract into `folder` wait until this ends, however it ends; where nothing can be written, nobody does."""
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _extract_alone(
+    batches: Callable[[int], Iterator[tuple[int, list[np.ndarray]]]],
+    names: Sequence[str],
+    extractors: Sequence[Extractor],
+    folder: Path,
+    report: Progress,
+) -> Extracted:
     kept = [_Kept.found(folder, extractor, len(names)) for extractor in extractors]
     sizes = {size for each in kept for size in each.sizes}
     first = min(each.done for each in kept)
@@ -114,24 +141,18 @@ class _Kept:
 
     @classmethod
     def found(cls, folder: Path, extractor: Extractor, count: int) -> _Kept:
-        """What `folder` holds; nothing where that is no whole array of N rows."""
+        """What `folder` holds; nothing where that is no whole array of N rows with a count of those that are there."""
         kept = cls(extractor, folder / f"{extractor.name}-{extractor.digest[:12]}.npy", count)
         try:
-            there = np.lib.format.open_memmap(
-                kept.path, "r"
-            )  # for writing, numpy would fill a file that was cut with zeros
-            if len(there) != count or there.dtype != np.float32:
-                raise ValueError("of other pictures")
-            kept.rows = np.lib.format.open_memmap(kept.path, "r+")
-        except (OSError, ValueError):
-            for path in (kept.told, kept.path):
-                path.unlink(missing_ok=True)
-            return kept
-        try:
+            # not opened for writing: numpy would fill a file that was cut with zeros
+            there = np.load(kept.path, mmap_mode="r", allow_pickle=False)
             told = json.loads(kept.told.read_text())
-            kept.done, kept.sizes = int(told["rows"]), frozenset((w, h) for w, h in told["sizes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            kept.done = 0
+            sizes = frozenset((int(w), int(h)) for w, h in told["sizes"])
+            done = int(told["rows"])
+        except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, RecursionError):
+            return kept
+        if there.ndim == 2 and len(there) == count and there.dtype == np.float32 and 0 <= done <= count:
+            kept.done, kept.sizes = done, sizes
         return kept
 
     @property
@@ -141,9 +162,9 @@ class _Kept:
 
     def add(self, start: int, rows: np.ndarray, sizes: Iterable[tuple[int, int]]) -> None:
         """Writes `rows` (B, D) from row `start` on; what is there is told once a block, after the rows themselves."""
-        if self.rows is None:
-            self.rows = self._made(rows.shape[1])
         end = start + len(rows)
+        if self.rows is None:
+            self.rows = self._opened(rows.shape[1])
         self.rows[start:end] = rows
         if end % BLOCK == 0 or end == self.count:
             self.rows.flush()
@@ -151,14 +172,11 @@ class _Kept:
             storage.write_bytes(str(self.told), json.dumps(told).encode())
             self.done = end
 
-    def _made(self, width: int) -> np.memmap:
-        """An array of zeros, or the one that another process has begun: its rows are the same, and are never cut off."""
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        np.lib.format.open_memmap(fresh, "w+", np.float32, (self.count, width)).flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(fresh, self.path)
-        fresh.unlink()
-        return np.lib.format.open_memmap(self.path, "r+")
+    def _opened(self, width: int) -> np.memmap:
+        if self.done:
+            return np.lib.format.open_memmap(self.path, "r+")
+        self.told.unlink(missing_ok=True)
+        return np.lib.format.open_memmap(self.path, "w+", np.float32, (self.count, width))
 
     def values(self) -> np.ndarray:
         """(N, D) float32, a read-only memory map."""

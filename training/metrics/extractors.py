@@ -100,10 +100,10 @@ def place_of(kind: str, source: str) -> str:
         return DINOV2 if kind == "dinov2" else source
     if kind != "inception" and re.fullmatch(r"hub:[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         return source
-    if source.startswith("hub"):
+    if source == "hub" or source.startswith(hub.PREFIX):
         raise UserError(f"{source!r} names nothing: write {HUB[kind]} to download, or a path")
     path = Path(source).expanduser()
-    if not path.exists():
+    if not (path.is_file() if kind == "inception" else path.is_dir()):
         raise UserError(f"nothing lies at {source}; it wants {WEIGHTS[kind]}, or {HUB[kind]} to download it")
     return str(path)
 

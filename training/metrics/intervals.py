@@ -13,8 +13,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
+from pydantic import model_validator
 from scipy import special
 
 from data.config import Config
@@ -31,6 +33,12 @@ class Deletions(Config):
 
     sizes: tuple[int, ...]
     values: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.sizes) != len(self.values):
+            raise ValueError(f"{len(self.sizes)} blocks and {len(self.values)} values: give one for each")
+        return self
 
     def interval(self, full: float) -> tuple[float, float]:
         """(low, high) around `full`, the statistic of all samples."""
@@ -141,7 +149,7 @@ def frechet_estimate(
     return replace(Estimate.of(full.value, deleted, blocks), diagnostics=full.diagnostics)
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """(low, high) in [0, 1] for a proportion (Wilson 1927; Brown, Cai & DasGupta 2001, eq. 4): sound at 0 and at 1 too."""
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(
@@ -158,9 +166,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 def share_interval(right: np.ndarray, *, group: int = 1) -> tuple[float, float]:
     """(low, high) in [0, 1] for the share of `right` (N,), ones and zeros: Wilson's interval or the jackknife's over blocks,
-    at each end the one that reaches further. Wilson's is sound at 0 and at 1, where the jackknife has no width; the jackknife
-    knows that the samples of a group are alike."""
-    low, high = wilson_interval(int(right.sum()), len(right))
+    at each end the one that reaches further. Wilson's is sound at 0 and at 1, where the jackknife has no width; a group counts
+    as one trial, since its samples may be all alike."""
+    groups = max(len(right) // group, 1)
+    low, high = wilson_interval(float(right.mean()) * groups, groups)
     if len(right) < 2:
         return low, high
     low_of_blocks, high_of_blocks = Estimate.of_mean(right, group=group).interval

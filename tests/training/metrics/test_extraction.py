@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from training.metrics.extraction import BLOCK, extract_arrays
 from training.metrics.extractors import Extractor
 
-COUNT = 2 * BLOCK + 40
+COUNT = 8 * BLOCK + 40
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 2, 3, 3), dtype=np.uint8)
 EXPECTED = IMAGES.transpose(0, 3, 1, 2).reshape(COUNT, -1)[:, :5].astype(np.float32)
 
@@ -51,7 +52,7 @@ def test_a_call_that_was_stopped_goes_on_at_its_last_whole_block(tmp_path):
         extract_arrays(IMAGES, [looking(before=stop_after(20))[0]], tmp_path)
     extractor, passes = looking()
     found = extract_arrays(IMAGES, [extractor], tmp_path)
-    assert sum(passes) == COUNT - BLOCK, "20 passes of 16 are one block of 256 and a part of the next"
+    assert sum(passes) == COUNT - 5 * BLOCK, "20 passes of 16 are five blocks of 64"
     np.testing.assert_array_equal(found.features["eye"], EXPECTED)
     assert found.sizes == {(3, 2)}
     again, passes = looking()
@@ -68,23 +69,36 @@ def test_a_further_extractor_looks_alone(tmp_path):
     np.testing.assert_array_equal(found.features["ear"], EXPECTED)
 
 
-def test_two_calls_at_once_leave_whole_features_whichever_stops(tmp_path):
-    """The second begins and ends while the first is under way, which then stops: no row that is told is missing."""
-    second, _ = looking()
+def test_of_two_calls_at_once_the_second_waits_and_takes_what_the_first_left(tmp_path):
+    second, passes = looking()
+    with ThreadPoolExecutor(1) as beside:
+        waiting: list[Future] = []
 
-    def interrupted(done: int) -> None:
-        if done == 10:
-            extract_arrays(IMAGES[::-1][::-1], [second], tmp_path)
-        if done == 18:
-            raise Stopped
+        def begun(done: int) -> None:
+            if done == 10:
+                waiting.append(beside.submit(extract_arrays, IMAGES, [second], tmp_path))
+            if done == 18:
+                assert not passes, "it waits"
+                raise Stopped
 
-    with pytest.raises(Stopped):
-        extract_arrays(IMAGES, [looking(before=interrupted)[0]], tmp_path)
-    found = extract_arrays(IMAGES, [looking()[0]], tmp_path)
+        with pytest.raises(Stopped):
+            extract_arrays(IMAGES, [looking(before=begun)[0]], tmp_path)
+        found = waiting[0].result()
+    assert sum(passes) == COUNT - 4 * BLOCK, "18 passes of 16 are four blocks and a part"
     np.testing.assert_array_equal(found.features["eye"], EXPECTED)
 
 
-@pytest.mark.parametrize("damage", ["cut", "short", "other", "untold", "nonsense"])
+def test_whole_features_are_read_where_nothing_can_be_written(tmp_path):
+    extract_arrays(IMAGES, [looking()[0]], tmp_path)
+    for path in (*tmp_path.iterdir(), tmp_path):
+        path.chmod(0o555)
+    extractor, passes = looking()
+    np.testing.assert_array_equal(extract_arrays(IMAGES, [extractor], tmp_path).features["eye"], EXPECTED)
+    assert not passes
+    tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "other", "flat", "untold", "nonsense", "endless"])
 def test_what_is_no_whole_array_of_these_pictures_is_made_again(tmp_path, damage):
     extract_arrays(IMAGES, [looking()[0]], tmp_path)
     (array,), (told,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
@@ -94,6 +108,10 @@ def test_what_is_no_whole_array_of_these_pictures_is_made_again(tmp_path, damage
         np.save(array, EXPECTED[:-1])
     elif damage == "other":
         np.save(array, EXPECTED.astype(np.float64))
+    elif damage == "flat":
+        np.save(array, EXPECTED[:, 0])
+    elif damage == "endless":
+        told.write_text('{"rows": 1e999, "sizes": []}')
     elif damage == "untold":
         told.unlink()
     else:
@@ -102,4 +120,4 @@ def test_what_is_no_whole_array_of_these_pictures_is_made_again(tmp_path, damage
     found = extract_arrays(IMAGES, [extractor], tmp_path)
     assert sum(passes) == COUNT
     np.testing.assert_array_equal(found.features["eye"], EXPECTED)
-    assert {path.suffix for path in Path(tmp_path).iterdir()} == {".npy", ".json"}
+    assert {path.suffix for path in Path(tmp_path).iterdir() if path.name != ".lock"} == {".npy", ".json"}
