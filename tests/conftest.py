@@ -40,6 +40,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"the {MINUTES:g} minutes of DARKROOM_TEST_MINUTES are used up")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def variables_of_the_shell() -> Iterator[None]:
+    """What a stage that runs in this process sets for its own cluster is no other file's concern: `RAY_AUTH_MODE` would be."""
+    before = dict(os.environ)
+    yield
+    for name in {*os.environ} - {*before}:
+        if name.startswith("RAY_"):
+            del os.environ[name]
+
+
 Darkroom = Callable[..., subprocess.CompletedProcess[str]]
 
 
