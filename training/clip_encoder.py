@@ -163,4 +163,5 @@ def downloaded(source: str) -> Path:
     if _HUB_NAME.fullmatch(name) and not open_clip_towers.knows(name.split("/")[0]):
         return hub.folder(source, "clip")
     repository = open_clip_towers.repository(name)
-    return hub.folder(f"{repository}@{revision}" if revision else repository, "open_clip")
+    place = f"{repository}@{revision}" if revision else repository
+    return hub.folder(place, "open_clip", called=source)

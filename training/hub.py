@@ -37,11 +37,11 @@ _SHOWN: dict[Kind, str] = {
 }
 
 
-def folder(source: str, kind: Kind) -> Path:
+def folder(source: str, kind: Kind, *, called: str = "") -> Path:
     """The folder in the local cache that holds the repository `source`, with `hub:` before it or without, downloaded where it is
     missing.
 
-    Raises UserError when it cannot be had, saying what to copy where.
+    Raises UserError when it cannot be had, saying what to copy where; `called` is what the user named it by.
     """
     import huggingface_hub
 
@@ -52,7 +52,7 @@ def folder(source: str, kind: Kind) -> Path:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{source} is no folder here and cannot be downloaded ({_first_line(error)}): on a machine with a network download "
+            f"{called or source} is no folder here and cannot be downloaded ({_first_line(error)}): on a machine with a network download "
             f"{_SHOWN[kind]} of the hub repository {repository} into one folder, copy it here and give its path"
         ) from error
     return Path(found)
