@@ -103,7 +103,10 @@ def test_a_score_by_weights_from_the_hub_is_that_by_a_folder_and_needs_no_hub_ag
         "what would be unpickled stays there"
     )
     said = scored(tmp_path, "hub:somebody/else", server.address)
-    assert "hub:somebody/else cannot be downloaded" in said and "copy it here and give its path" in said
+    assert (
+        "hub:somebody/else is no folder here and cannot be downloaded" in said
+        and "copy it here and give its path" in said
+    )
 
 
 def scored(folder: Path, weights: str, endpoint: str) -> object:
