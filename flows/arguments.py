@@ -88,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
     index = _command(
         commands, "index", "write the index that another reader wants beside the shards of a data set"
     )
-    index.add_argument(
-        "uri", metavar="URI", help="the folder of a shard artifact, of an embed artifact for kept"
-    )
+    index.add_argument("uri", metavar="URI", help="folder of a shard artifact; of an embed artifact for kept")
     index.add_argument(
         "--kind",
         required=True,

@@ -32,11 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NO_PLACE_TO_WRITE:
             raise
-        where = (
-            error.filename or f"--root {arguments.root}"
-            if hasattr(arguments, "root")
-            else "the place to write"
-        )
+        root = getattr(arguments, "root", None)
+        where = error.filename or (f"--root {root}" if root else "here")
         return _complain(
             f"{where}: {(error.strerror or str(error)).lower()}; mend that and run the same command again, finished work is kept",
             1,

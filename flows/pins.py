@@ -40,7 +40,7 @@ def _is_name(ref: InputRef) -> bool:
 
 
 def _note(root: str, ref: InputRef) -> str:
-    name = re.sub(r"[^\w.@-]", "--", ref.folder)
+    name = re.sub(r"[^\w.@-]", "+", ref.folder)  # no name of the hub has a plus sign, so no two share a note
     return storage.join(root, "store", "hub", f"{ref.stage}.{name}.json")
 
 

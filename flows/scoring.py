@@ -58,6 +58,10 @@ def score(
     weights, statistics of another extractor, features that are not finite.
     """
     given = parse(specs)
+    if features and "://" in features:
+        raise UserError(
+            f"--features {features} is no folder of this machine, from which features are mapped into memory"
+        )
     files = picture_files(_folder(fake, "--fake"))
     if images_per_prompt < 1 or len(files) % images_per_prompt:
         raise UserError(

@@ -43,7 +43,7 @@ def require(stages: Iterable[PlannedStage], root: str) -> None:
 
 def _names_the_hub(config: Config) -> bool:
     return isinstance(config, EvaluateConfig) and any(
-        place.startswith("hub") for place, _ in config.weights.values()
+        extractors.is_download(place) for place, _ in config.weights.values()
     )
 
 

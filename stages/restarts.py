@@ -24,10 +24,10 @@ def told(error: BaseException) -> BaseException:
     if named := next((cause for cause in causes if isinstance(cause, OSError)), None):
         return named
     lines = str(causes[0]).strip().splitlines() or [""]
-    told = f"training failed: {type(causes[0]).__name__}: {lines[-1]}"
+    sentence = f"training failed: {type(causes[0]).__name__}: {lines[-1]}"
     if getattr(error, "worker_failures", None):
-        told += f" ({IN_A_ROW} restarts in a row brought no newer checkpoint)"
-    return StageFailed(told)
+        sentence += f" ({IN_A_ROW} restarts in a row brought no newer checkpoint)"
+    return StageFailed(sentence)
 
 
 def _would_return(cause: BaseException) -> bool:

@@ -142,12 +142,16 @@ def _sinks(spec: dict[str, Any], config: TrainConfig) -> Sinks:
 
 
 def _report(spec: dict[str, Any], config: TrainConfig, kept: Sinks) -> Callable[[loop.Row], None]:
-    """What takes each row of the training."""
+    """What takes each row of the training; of one that is told again after a rollback, its steps are counted already."""
+    newest = 0
     board = spec["board"]
     place = {"devices": distributed.world_size(), "device": _device_name()}
 
     def report(row: loop.Row) -> None:
-        telemetry.tell_row(row, config.batch_size)
+        nonlocal newest
+        if row["step"] > newest:
+            telemetry.tell_row(row, config.batch_size)
+        newest = row["step"]
         board.write.remote(row["step"], row["loss"], row["samples_per_second"])
         kept.write({**row, **place})
 

@@ -7,6 +7,7 @@ sides of their pictures divided.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ class Divisors:
 
 
 @dataclass(frozen=True)
-class Race:
+class Race(ABC):
     """What all races share: pictures, a CLIP, perhaps an autoencoder, and a script of diffusers."""
 
     by: Divisors
@@ -79,37 +80,37 @@ class Race:
         """Side of a latent."""
         return self.side // 8
 
+    @abstractmethod
     def clip(self) -> ClipSizes:
         """The CLIP, as far as somebody runs it."""
-        raise NotImplementedError
 
     def autoencoder(self) -> nn.Module | None:
         """The autoencoder, where there is one."""
         return None
 
+    @abstractmethod
     def write_models(self, folder: Path) -> None:
         """Writes under `folder`, which has clip and vae, what else the peer loads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments(self, folder: Path) -> list[str]:
         """The peer's command line."""
-        raise NotImplementedError
 
     def config(self) -> TrainConfig:
         """Our training's settings."""
         return TrainConfig(**self._settings())
 
+    @abstractmethod
     def trainable(self, columns: Columns) -> Any:
         """Our training's network and loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network_gflops(self) -> float:
         """Of one sample's forward and backward pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder_gflops(self) -> float:
         """Of encoding one sample as the peer does in every step."""
-        raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -76,9 +76,9 @@ def test_what_cannot_be_had_is_said_and_not_noted(hub, tmp_path):
 
 
 def test_a_note_that_names_no_commit_is_refused(tmp_path):
-    note = tmp_path / "store" / "hub" / "vae.somebody--tiny.json"
+    note = tmp_path / "store" / "hub" / "vae.somebody+tiny.json"
     note.parent.mkdir(parents=True)
     for content in ("{", '{"commit": "../x"}', "[]"):
         note.write_text(content)
-        with pytest.raises(UserError, match=r"somebody--tiny.json names no commit: remove it"):
+        with pytest.raises(UserError, match=r"somebody\+tiny.json names no commit: remove it"):
             pins.pinned(str(tmp_path), of("somebody/tiny"))

@@ -226,6 +226,7 @@ def test_kept_features_are_not_extracted_again(folders, clip, scores, tmp_path, 
     assert scores(*line, "--metrics=cmmd_biased")["cmmd_biased"]["value"] > 0
     (tmp_path / "file").write_text("no folder")
     assert "--features" in complaint(*line[:-1], tmp_path / "file")
+    assert "s3://bucket/kept is no folder of this machine" in complaint(*line[:-1], "s3://bucket/kept")
 
 
 def test_pictures_in_a_file_of_guided_diffusion_are_the_real_ones(folders, clip, scores, tmp_path):

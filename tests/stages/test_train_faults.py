@@ -22,6 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from processes import kill
+
 from data import sources
 from data.manifest import Snapshot, publish_snapshot
 from data.shards import ShardConfig, write_shard
@@ -87,13 +90,6 @@ def start(
         text=True,
         start_new_session=True,
     )
-
-
-def kill(run: subprocess.Popen[str]) -> None:
-    """SIGKILL of the driver and, as a closed terminal would, of all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
 
 
 def finish(run: subprocess.Popen[str], folder: Path) -> dict[str, str]:

@@ -141,7 +141,7 @@ def _infinity(sample: Sample) -> Value:
 
 
 def _share(name: str) -> Callable[[Sample], Value]:
-    """Of a measure that lies in [0, 1]."""
+    """Of a measure that lies in [0, 1]; also of one over real pictures, as many trials as there are prompts to vary it."""
 
     def compute(sample: Sample) -> Value:
         found: Estimate = getattr(sample.neighbours, name)
@@ -180,6 +180,7 @@ def _clip_score(sample: Sample) -> Value:
 
 
 def _clip_score_x100(sample: Sample) -> Value:
+    """100 max(mean cosine, 0), as torchmetrics' `CLIPScore` prints it; no caption prefix."""
     found = _mean(sample, 100.0 * _cosines(sample))
     sizes, values = found.deletions.sizes, found.deletions.values
     kept = Deletions(sizes=sizes, values=tuple(max(value, 0.0) for value in values))
@@ -187,6 +188,7 @@ def _clip_score_x100(sample: Sample) -> Value:
 
 
 def _clip_score_x2_5(sample: Sample) -> Value:
+    """Mean of 2.5 max(cosine, 0) (Hessel et al. 2021, eq. 1), here without their prefix "A photo depicts"."""
     return Value.of(_mean(sample, 2.5 * np.maximum(_cosines(sample), 0.0)))
 
 

@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their captions, as a raw cosine, and in the two scaled forms that papers print."""
+"""CLIP score: how well pictures fit their captions, as a raw cosine; the scaled forms that papers print are the catalogue's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,6 @@ class ClipScore:
     mean: float
     per_sample: np.ndarray
     """(N,) float64."""
-
-    @property
-    def times_100(self) -> float:
-        """100 max(mean cosine, 0), as torchmetrics' `CLIPScore` prints it; no caption prefix."""
-        return 100.0 * max(self.mean, 0.0)
-
-    @property
-    def times_2_5(self) -> float:
-        """Mean of 2.5 max(cosine, 0) (Hessel et al. 2021, eq. 1), here without their prefix "A photo depicts"."""
-        return float(2.5 * np.maximum(self.per_sample, 0.0).mean())
 
 
 def clip_score(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> ClipScore:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from data import images, storage
 from data.errors import SampleError, UserError
 from data.folders import is_image
 from training.metrics.extractors import MICRO_BATCH, Extractor, pictures
+
+log = logging.getLogger("darkroom.score")
 
 BLOCK = 64
 """Rows after which it is told on disk how far extraction has come; a multiple of MICRO_BATCH, so that a batch is never parted."""
@@ -85,37 +89,10 @@ def _extract(
 ) -> Extracted:
     """`batches` gives micro-batches from a row on, with their first rows."""
     with _alone(folder):
-        try:
-            return _extract_alone(batches, names, extractors, folder, report)
-        except OSError as error:
-            raise UserError(f"features cannot be kept in {folder} ({error}): give another folder") from error
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Others who extract into `folder` wait until this ends, however it ends; where nothing can be written, nobody does."""
-    try:
-        lock = (folder / ".lock").open("w")
-    except OSError:
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _extract_alone(
-    batches: Callable[[int], Iterator[tuple[int, list[np.ndarray]]]],
-    names: Sequence[str],
-    extractors: Sequence[Extractor],
-    folder: Path,
-    report: Progress,
-) -> Extracted:
-    kept = [_Kept.found(folder, extractor, len(names)) for extractor in extractors]
-    sizes = {size for each in kept for size in each.sizes}
-    first = min(each.done for each in kept)
-    if first < len(names):
-        for start, decoded in batches(first):
+        kept = [_Kept.found(folder, extractor, len(names)) for extractor in extractors]
+        sizes = {size for each in kept for size in each.sizes}
+        first = min(each.done for each in kept)
+        for start, decoded in batches(first) if first < len(names) else ():
             sizes |= {(image.shape[1], image.shape[0]) for image in decoded}
             batch = pictures(decoded)
             for each in kept:
@@ -124,7 +101,27 @@ def _extract_alone(
                     _require_finite(rows, names[start : start + len(rows)], each.extractor.name)
                     each.add(start, rows, sizes)
             report(start + len(decoded), len(names))
-    return Extracted({each.extractor.name: each.values() for each in kept}, frozenset(sizes))
+        return Extracted({each.extractor.name: each.values() for each in kept}, frozenset(sizes))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Others who extract into `folder` wait until this ends, however it ends; where nothing can be written, nobody does.
+
+    Raises UserError for what the disk refuses.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            lock = held.enter_context((folder / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("another process extracts into %s: waiting for it", folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"features cannot be kept in {folder} ({error}): give another folder") from error
 
 
 @dataclass
@@ -176,7 +173,13 @@ class _Kept:
         if self.done:
             return np.lib.format.open_memmap(self.path, "r+")
         self.told.unlink(missing_ok=True)
-        return np.lib.format.open_memmap(self.path, "w+", np.float32, (self.count, width))
+        rows = np.lib.format.open_memmap(self.path, "w+", np.float32, (self.count, width))
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a full disk is an error now, and would be a fault of memory later
+            with self.path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.path.stat().st_size)
+        return rows
 
     def values(self) -> np.ndarray:
         """(N, D) float32, a read-only memory map."""
@@ -202,7 +205,7 @@ def _decoded(files: Sequence[Path]) -> list[np.ndarray]:
 def _picture(file: Path) -> np.ndarray:
     try:
         return images.decode(file.read_bytes())
-    except SampleError as error:
+    except (SampleError, OSError) as error:
         raise UserError(f"{file} is no whole picture ({error}): mend or remove it") from error
 
 

@@ -100,12 +100,17 @@ def place_of(kind: str, source: str) -> str:
         return DINOV2 if kind == "dinov2" else source
     if kind != "inception" and re.fullmatch(r"hub:[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         return source
-    if source == "hub" or source.startswith(hub.PREFIX):
+    if is_download(source):
         raise UserError(f"{source!r} names nothing: write {HUB[kind]} to download, or a path")
     path = Path(source).expanduser()
     if not (path.is_file() if kind == "inception" else path.is_dir()):
         raise UserError(f"nothing lies at {source}; it wants {WEIGHTS[kind]}, or {HUB[kind]} to download it")
     return str(path)
+
+
+def is_download(place: str) -> bool:
+    """Whether `place`, as `place_of` takes it, names what is downloaded."""
+    return place == "hub" or hub.is_named(place)
 
 
 def secured(kind: str, place: str) -> str:

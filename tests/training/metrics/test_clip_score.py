@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from training.metrics.catalogue import METRICS, Sample
 from training.metrics.clip_score import clip_score
 
 
@@ -35,8 +36,9 @@ def test_what_has_no_cosine_is_refused():
 
 
 def test_the_two_printed_scales_clip_at_zero_before_and_after_the_mean():
-    score = clip_score(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [-0.6, 0.8]]))
-    assert score.mean == pytest.approx(0.2)
-    assert score.times_100 == pytest.approx(20.0)
-    assert score.times_2_5 == pytest.approx(1.25)
-    assert clip_score(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])).times_100 == 0.0
+    images, texts = np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [-0.6, 0.8]])
+    names = ("clip_score", "clip_score_x100", "clip_score_x2.5")
+    found = [METRICS[name].compute(Sample(images, text=texts)).value for name in names]
+    assert found == pytest.approx([0.2, 20.0, 1.25])
+    away = METRICS["clip_score_x100"].compute(Sample(images, text=-images))
+    assert away.value == 0.0 and away.interval == (0.0, 0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.metrics.extraction import BLOCK, extract_arrays
+from data.errors import UserError
+from training.metrics.extraction import BLOCK, extract, extract_arrays
 from training.metrics.extractors import Extractor
 
 COUNT = 8 * BLOCK + 40
@@ -121,3 +124,19 @@ def test_what_is_no_whole_array_of_these_pictures_is_made_again(tmp_path, damage
     assert sum(passes) == COUNT
     np.testing.assert_array_equal(found.features["eye"], EXPECTED)
     assert {path.suffix for path in Path(tmp_path).iterdir() if path.name != ".lock"} == {".npy", ".json"}
+
+
+def test_a_full_disk_is_one_sentence_before_a_row_is_written(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"features cannot be kept in .*No space left.*give another folder"):
+        extract_arrays(IMAGES, [looking()[0]], tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match=r"a.png is no whole picture"):
+        extract([tmp_path / "a.png"], [looking()[0]], tmp_path)
