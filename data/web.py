@@ -22,9 +22,7 @@ import re
 import ssl
 import threading
 import time
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -32,6 +30,7 @@ import httpcore
 import httpx
 from pydantic import Field
 
+from data.bodies import network_errors, read_body
 from data.config import Config, operational
 from data.connections import GuardedNetwork, IdleConnections, Origin, Resolver, resolve
 from data.errors import SampleError
@@ -230,7 +229,7 @@ class WebFetcher:
             request.url.origin, self._tls, _KEEP_ALIVE_SECONDS, network_backend=self._network
         )
         try:
-            with _network_errors("connection_failed"):
+            with network_errors("connection_failed"):
                 response = connection.handle_request(request)
             try:
                 return self._judge(job, response)
@@ -248,7 +247,7 @@ class WebFetcher:
             raise _BadStatus(response.status, headers.get("retry-after", ""))
         if self._rules.honour_opt_out and opted_out(headers.get_list("x-robots-tag"), self._agent):
             raise SampleError("opted_out", "its server asks to leave this picture out", filtered=True)
-        return _read_body(response, headers, job.max_bytes)
+        return read_body(response, headers, job.max_bytes)
 
     def _request(self, job: Job) -> httpcore.Request:
         url = job.at
@@ -277,63 +276,6 @@ class _BadStatus(SampleError):
     def __init__(self, status: int, retry_after: str) -> None:
         super().__init__(f"http_{status}", f"the server answered {status}")
         self.retry_after = _wait_seconds(retry_after)
-
-
-@contextmanager
-def _network_errors(vanished: str) -> Iterator[None]:
-    """Names what goes wrong on the network; `vanished` is the reason when the server ends the connection too early."""
-    try:
-        yield
-    except httpcore.TimeoutException as error:
-        raise SampleError("timeout", "the server was silent for too long") from error
-    except httpcore.LocalProtocolError as error:
-        raise SampleError("invalid_url", "the URL cannot be asked for") from error
-    except (httpcore.RemoteProtocolError, httpcore.NetworkError) as error:
-        if vanished == "connection_failed" and isinstance(error, httpcore.RemoteProtocolError):
-            vanished = "connection_failed" if "disconnected" in str(error) else "malformed_response"
-        raise SampleError(vanished, _VANISHED[vanished]) from error
-
-
-_VANISHED = {
-    "connection_failed": "the server ended the connection without an answer",
-    "malformed_response": "the answer is not HTTP",
-    "incomplete_body": "the connection ended before the body was complete",
-}
-
-
-def _read_body(response: httpcore.Response, headers: httpx.Headers, max_bytes: int) -> bytes:
-    inflate = _inflater(headers.get("content-encoding", ""))
-    if inflate is None and int(headers.get("content-length", 0)) > max_bytes:
-        raise _too_many_bytes(max_bytes)
-    body = bytearray()
-    with _network_errors("incomplete_body"):
-        for chunk in response.iter_stream():
-            body += _inflated(inflate, chunk, max_bytes + 1 - len(body)) if inflate else chunk
-            if len(body) > max_bytes:
-                raise _too_many_bytes(max_bytes)
-    if inflate and not inflate.eof:
-        raise SampleError("incomplete_body", "the compressed body ends too early")
-    return bytes(body)
-
-
-def _too_many_bytes(max_bytes: int) -> SampleError:
-    return SampleError("too_many_bytes", f"the body is larger than {max_bytes} bytes")
-
-
-def _inflater(encoding: str) -> zlib._Decompress | None:
-    """None for a plain body. We ask for plain ones, but servers that store compressed files send them regardless."""
-    if encoding.strip().lower() in ("", "identity"):
-        return None
-    if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(zlib.MAX_WBITS | 32)
-    raise SampleError("unsupported_encoding", "the body is compressed, though it was asked for plain")
-
-
-def _inflated(inflate: zlib._Decompress, chunk: bytes, limit: int) -> bytes:
-    try:
-        return inflate.decompress(chunk, limit)
-    except zlib.error as error:
-        raise SampleError("malformed_response", "the body is not compressed as its header says") from error
 
 
 def _web_url(text: str, reason: str, base: httpx.URL | None = None) -> httpx.URL:

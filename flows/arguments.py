@@ -143,13 +143,15 @@ def _evaluation_commands(commands: Any) -> None:
     )
     score.add_argument("--save-real", metavar="NPZ", help="keep what --real gave, for --real NPZ next time")
     score.add_argument("--json", action="store_true", help="one JSON line on stdout")
-    evaluate = _command(commands, "evaluate", "evaluate a finished run at several settings of its sampler")
+    evaluate = _command(
+        commands, "evaluate", "evaluate a finished run at several settings of its sampler, or seeds"
+    )
     evaluate.add_argument("run", metavar="RUN", help="a run's name under the root, or latest")
     evaluate.add_argument(
         "--sweep",
         required=True,
         metavar="FIELD=V1,V2,…",
-        help="a setting of sampling and its values, such as guidance_scale=1,1.5,2,3,5,8 or num_inference_steps=10,20,50",
+        help="a setting of sampling and its values, such as guidance_scale=1,1.5,2,3,5,8 or num_inference_steps=10,20,50; seed=0,1,2 shows what chance does",
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON line on stdout")
     evaluate.add_argument("--verbose", action="store_true", help="show what Ray and Prefect say")

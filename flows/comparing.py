@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def compare(root: str, names: Sequence[str], *, vary: Collection[str] = ()) -> d
     if len(names) < 2:
         raise UserError("compare needs at least two runs: name the one to hold the others against first")
     measured = {name: measured_of(root, name) for name in names}
-    if len(measured) < len(names):
+    if len({os.path.realpath(name) if name.endswith(".json") else name for name in names}) < len(names):
         raise UserError(f"compare {' '.join(names)}: a run is named twice; name different runs")
     table = side_by_side(measured, vary)
     if not table["metrics"]:

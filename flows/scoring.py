@@ -68,11 +68,18 @@ def score(
             f"--images-per-prompt {images_per_prompt}: {fake} has {len(files)} pictures, which are no whole number of prompts"
         )
     captions = _captions(files)
+    if captions:
+        _require_shared(captions, files, images_per_prompt)
     names = _chosen(wanted, given, has_captions=captions is not None)
     extractors = _loaded(names, given)
     if save_real and len(extractors) != 1:
         raise UserError("--save-real keeps the features of one extractor: choose metrics of a single one")
     warnings: list[str] = []
+    if images_per_prompt == len(files):
+        warnings.append(
+            f"--images-per-prompt {images_per_prompt}: all pictures of {fake} share one prompt, so the intervals tell the spread "
+            "within it and not what other prompts would give"
+        )
     with tempfile.TemporaryDirectory(prefix="darkroom-score-") as scratch:
         place = Path(features or scratch)
         reference = _reference(real, extractors, place, report)
@@ -264,6 +271,16 @@ def _captions(files: Sequence[Path]) -> list[str] | None:
     if not all(text.is_file() for text in texts):
         return None
     return [text.read_text("utf-8", "replace").strip() for text in texts]
+
+
+def _require_shared(captions: Sequence[str], files: Sequence[Path], images_per_prompt: int) -> None:
+    for at, caption in enumerate(captions):
+        first = at - at % images_per_prompt
+        if caption != captions[first]:
+            raise UserError(
+                f"--images-per-prompt {images_per_prompt}: {files[first]} and {files[at]} should share a prompt, and their captions "
+                "differ: name the pictures of a prompt so that they follow each other, or give another number"
+            )
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -1,4 +1,5 @@
-"""One sampling setting of a finished run over several values: each an evaluation of its own in the store, and their trade-off."""
+"""One sampling setting of a finished run over several values, or several seeds: each an evaluation of its own in the store, and
+their trade-off or spread."""
 
 from __future__ import annotations
 
@@ -20,30 +21,30 @@ from flows.graph import unclip_nodes
 from flows.plan import Plan, make_plan
 from flows.recipes import Recipe
 from stages.evaluate import SCORES
+from stages.generate import GenerateConfig
 from stages.report import page
-from training.metrics.tradeoff import DISTANCES, FIT, Point, Sweep, curves
+from training.metrics.tradeoff import DISTANCES, FIT, SEED, Point, Sweep
 from training.systems.unclip import Sampling
 
 MADE = ("generate", "evaluate")
 """The stages of a point; what they read must be in the store."""
+SWEPT = (*Sampling.model_fields, SEED)
 
 
 def parsed(text: str) -> tuple[str, list[Any]]:
     """The field and the values of `--sweep FIELD=V1,V2,…`, typed and checked; UserError saying what may be swept."""
     field, separator, listed = (part.strip() for part in text.partition("="))
-    if field not in Sampling.model_fields:
-        near = difflib.get_close_matches(field, Sampling.model_fields, 1)
+    if field not in SWEPT:
+        near = difflib.get_close_matches(field, SWEPT, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"--sweep {field}: sampling has no such setting; {hint}it has {', '.join(Sampling.model_fields)}"
-        )
+        raise UserError(f"--sweep {field}: sampling has no such setting; {hint}it has {', '.join(SWEPT)}")
     values = [value.strip() for value in listed.split(",") if value.strip()] if separator else []
     if not values:
         raise UserError(
             f"--sweep {text} has no values: write {field}=V1,V2,… such as guidance_scale=1,1.5,2,3,5,8"
         )
     try:
-        typed = [getattr(Sampling.model_validate({field: value}), field) for value in values]
+        typed = [getattr(GenerateConfig.model_validate({field: value}), field) for value in values]
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--sweep {field}={first['input']}: {first['msg'].lower()}") from error
@@ -67,7 +68,7 @@ def sweep(root: str, name: str, text: str, *, address: str, verbose: bool) -> di
         runs.note_start(root, record["run"], list(plans.values()))
         runs.run_stages(plans[own], pending, address=address, verbose=verbose)
     points = tuple(_point(plan, value, value == own) for value, plan in plans.items())
-    found = Sweep(field=field, points=points, curves=curves(points))
+    found = Sweep.of(field, points)
     folder = storage.join(root, record["run"])
     _write(folder, found)
     if pending:
@@ -155,4 +156,7 @@ def rows_of(printed: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
                 marks.append(f"on the front of {curve['distance']}")
         values = ["{:.4g} ({:.4g} – {:.4g})".format(*point["scores"][name]) for name in names]
         rows.append([str(point["setting"]), *values, ", ".join(marks)])
+    if spread := printed["spread"]:
+        between = ["{:.4g} ± {:.2g}".format(*spread[name]) if name in spread else "" for name in names]
+        rows.append(["mean", *between, "± standard deviation between seeds"])
     return [printed["field"], *names, ""], rows

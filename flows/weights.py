@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from data.config import Config
 from data.errors import UserError
@@ -15,8 +12,6 @@ from stages.contract import InputRef
 from stages.evaluate import EvaluateConfig
 from training.encoders import LOADERS
 from training.metrics import extractors
-
-CONNECT_SECONDS = 5.0
 
 
 def external(stages: Iterable[PlannedStage]) -> dict[str, InputRef]:
@@ -31,20 +26,10 @@ def require(stages: Iterable[PlannedStage], root: str) -> None:
     """
     stages = list(stages)
     needed = external(stages)
-    if (needed or any(_names_the_hub(stage.node.config) for stage in stages)) and not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = (
-            "1"  # read at the hub library's import; without it each file is retried for a minute
-        )
     problems = [problem for ref in needed.values() if (problem := _problem(root, ref))]
     problems += [problem for stage in stages if (problem := _unmeasurable(stage.node.config))]
     if problems:
         raise UserError("; and ".join(problems))
-
-
-def _names_the_hub(config: Config) -> bool:
-    return isinstance(config, EvaluateConfig) and any(
-        extractors.is_download(place) for place, _ in config.weights.values()
-    )
 
 
 def _problem(root: str, ref: InputRef) -> str | None:
@@ -65,15 +50,3 @@ def _unmeasurable(config: Config) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def _hub_answers() -> bool:
-    """Whether a download can be tried; behind a proxy only the attempt itself can tell."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True

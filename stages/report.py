@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from data import columns, storage
+from data import storage
 from data.config import Config, operational
 from data.errors import GateFailed
 from data.loader import ColumnSet
@@ -25,25 +25,21 @@ from data.manifest import START, Ledger, Parent, Snapshot, file_record
 from stages import spending
 from stages.contract import Inputs, Stage, Workspace, commit
 from stages.pictures import png
-from stages.prompts import read_prompts
-from stages.report_page import (
+from stages.report_data import (
     Artifact,
     AttributeAccuracy,
     Curve,
     Dataset,
     Diagnostic,
-    Generated,
-    Interpolation,
     LedgerEntry,
     Picture,
-    Reconstruction,
     ReportData,
     Score,
     Share,
     StageRun,
-    Variation,
-    render,
 )
+from stages.report_page import render
+from stages.report_pictures import drawn_in_training, generated, interpolations, reconstructions, variations
 from stages.spending import PricesConfig
 from training.metrics.comparison import Measured
 from training.metrics.gates import Verdict, judge, parsed
@@ -51,7 +47,7 @@ from training.metrics.protocol import Protocol
 from training.metrics.tradeoff import Sweep
 
 PAGE = "report.html"
-SAMPLES, GRID, RECONSTRUCTED = 18, 48, 8
+SAMPLES = 18
 LABELS = {
     "prompt_accuracy": "Prompt accuracy",
     "prompt_accuracy_heldout": "… on held-out combinations",
@@ -135,11 +131,11 @@ def collect(config: ReportConfig, inputs: Inputs) -> ReportData:
         sweeps=config.sweeps,
         accuracy=_accuracy(measured),
         diagnostics=tuple(_diagnostic(row) for row in measured["prior"]),
-        reconstructions=_reconstructions(inputs, data),
+        reconstructions=reconstructions(inputs, data),
         curves=tuple(_curve(s) for s in inputs.values() if any(f.path == "curve.parquet" for f in s.files)),
-        generated=_generated(inputs["generate"], measured["correct"]),
-        variations=_variations(inputs["generate"]),
-        interpolations=_interpolations(inputs["generate"]),
+        generated=generated(inputs["generate"], measured["correct"]),
+        variations=variations(inputs["generate"]),
+        interpolations=interpolations(inputs["generate"]),
         lineage=_lineage(inputs),
         environment=_environment(),
         config=_without_folders(config.config),
@@ -272,24 +268,6 @@ def _diagnostic(row: dict[str, Any]) -> Diagnostic:
     )
 
 
-def _reconstructions(inputs: Inputs, data: ColumnSet) -> tuple[Reconstruction, ...]:
-    evaluate = inputs["evaluate"]
-    shards = [s for s in evaluate.shards if any(f.path.startswith("reconstructed/") for f in s.files)]
-    decoded = np.concatenate([columns.open_array(evaluate.folder, "reconstructed", s.index) for s in shards])
-    rows = np.linspace(0, len(data) - 1, len(decoded)).round().astype(int)
-    chosen = np.linspace(0, len(decoded) - 1, min(RECONSTRUCTED, len(decoded))).round().astype(int)
-    originals, captions = data.rows("image", rows[chosen]), data.captions(rows[chosen])
-    return tuple(
-        Reconstruction(original=png(a), decoded=png(b), caption=c, psnr=_psnr(a, b))
-        for a, b, c in zip(originals, decoded[chosen], captions, strict=True)
-    )
-
-
-def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else None
-
-
 def _curve(snapshot: Snapshot) -> Curve:
     with storage.open_read(storage.join(snapshot.folder, "curve.parquet")) as stream:
         rows = pq.read_table(stream).to_pylist()
@@ -299,59 +277,8 @@ def _curve(snapshot: Snapshot) -> Curve:
         validation=tuple(
             (row["step"], loss) for row in rows if (loss := row.get("validation_loss")) is not None
         ),
-        samples=tuple(_drawn_in_training(snapshot.folder)),
+        samples=tuple(drawn_in_training(snapshot.folder)),
     )
-
-
-def _drawn_in_training(folder: str) -> Iterable[Picture]:
-    """The first, the middle and the last of the pictures that a training left."""
-    kept = storage.join(folder, "_meta", "samples")
-    names = [name for name in storage.list_files(kept) if name.endswith(".png")]
-    for at in sorted({0, len(names) // 2, len(names) - 1}) if names else ():
-        step = int(names[at].removeprefix("step_").removesuffix(".png"))
-        yield Picture(png=storage.read_bytes(storage.join(kept, names[at])), caption=f"step {step:,}")
-
-
-def _generated(snapshot: Snapshot, correct: Sequence[bool | None]) -> tuple[Generated, ...]:
-    prompts = read_prompts(snapshot.folder)[:GRID]
-    images: list[np.ndarray] = []
-    for shard in snapshot.shards:
-        if len(images) < GRID:
-            images.extend(columns.open_array(snapshot.folder, "generated", shard.index))
-    return tuple(
-        Generated(png=png(np.array(image)), prompt=prompt.text, correct=right, heldout=prompt.heldout)
-        for image, prompt, right in zip(images, prompts, correct, strict=False)
-    )
-
-
-def _gallery(snapshot: Snapshot, kind: str) -> Iterable[tuple[str, list[bytes]]]:
-    """(caption, PNGs in order) of every group of the gallery's `kind`."""
-    lines = storage.read_bytes(storage.join(snapshot.folder, "gallery/gallery.jsonl")).splitlines()
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for item in map(json.loads, lines):
-        if item["kind"] == kind:
-            groups.setdefault(item["group"], []).append(item)
-    for items in groups.values():
-        names = [item["file"] for item in sorted(items, key=lambda item: item["position"])]
-        yield (
-            items[0]["caption"],
-            [storage.read_bytes(storage.join(snapshot.folder, "gallery", n)) for n in names],
-        )
-
-
-def _variations(snapshot: Snapshot) -> tuple[Variation, ...]:
-    return tuple(
-        Variation(original=pictures[0], variations=tuple(pictures[1:]), caption=caption)
-        for caption, pictures in _gallery(snapshot, "variation")
-    )
-
-
-def _interpolations(snapshot: Snapshot) -> tuple[Interpolation, ...]:
-    found = []
-    for caption, pictures in _gallery(snapshot, "interpolation"):
-        start, end = caption.split(" → ", 1)
-        found.append(Interpolation(frames=tuple(pictures), start=start, end=end))
-    return tuple(found)
 
 
 def _lineage(inputs: Inputs) -> tuple[Artifact, ...]:

@@ -7,13 +7,17 @@ OWNER/NAME@REVISION     a commit, tag or branch
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from data.errors import UserError
 
 PREFIX = "hub:"
 """What makes a name of what else would be a path, where both may be given."""
+CONNECT_SECONDS = 5.0
 _TRANSFORMERS = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model"
@@ -46,13 +50,19 @@ def folder(source: str, kind: Kind, *, called: str = "") -> Path:
     import huggingface_hub
 
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    is_silent = not _answers(hub)  # the client tries a silent hub for a minute a file
     try:
         found = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(FILES[kind])
+            repository,
+            revision=revision or None,
+            allow_patterns=list(FILES[kind]),
+            local_files_only=is_silent,
         )
     except (OSError, ValueError, RuntimeError) as error:
+        why = f"{hub} does not answer" if is_silent else _first_line(error)
         raise UserError(
-            f"{called or source} is no folder here and cannot be downloaded ({_first_line(error)}): on a machine with a network download "
+            f"{called or source} is no folder here and cannot be downloaded ({why}): on a machine with a network download "
             f"{_SHOWN[kind]} of the hub repository {repository} into one folder, copy it here and give its path"
         ) from error
     return Path(found)
@@ -79,6 +89,8 @@ def file(url: str, sha256: str) -> Path:
     if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == sha256:
         return place
     try:
+        if not _answers(url):
+            raise OSError(f"{urlsplit(url).hostname} does not answer")
         place.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(place), hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError) as error:
@@ -87,6 +99,19 @@ def file(url: str, sha256: str) -> Path:
             "its path"
         ) from error
     return place
+
+
+def _answers(url: str) -> bool:
+    """Whether something listens where `url` points; behind a proxy only the attempt itself can tell."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    at = urlsplit(url)
+    try:
+        port = at.port or (80 if at.scheme == "http" else 443)
+        socket.create_connection((at.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

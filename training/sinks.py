@@ -132,6 +132,7 @@ class WandbSink:
         self.run = wandb.init(
             project="darkroom", id=run, name=run, dir=here, config=dict(config), resume="allow"
         )
+        self.is_new = not self.run.resumed
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -157,6 +158,7 @@ class MlflowSink:
         self.mlflow = mlflow
         named = f"attributes.run_name = '{run}'"
         earlier = mlflow.search_runs(experiment_names=["darkroom"], filter_string=named, output_format="list")
+        self.is_new = not earlier
         known = earlier[0].data.params if earlier else {}
         self.params = {name: value for name, value in config.items() if name not in known}
         """What is still to be told: MLflow refuses a parameter that changes, such as the `max_steps` of a longer training."""
@@ -177,18 +179,26 @@ class MlflowSink:
         self.mlflow.end_run()
 
 
+class ServerSink(Sink, Protocol):
+    """A sink that may have had rows in an earlier process."""
+
+    is_new: bool
+    """It never had any."""
+
+
 class Service:
     """A sink at a server, which may fail: rows wait for it, and the training goes on.
 
-    `connect` makes the sink, now and, where that fails, later. After a failure, told once, the server is left alone for
+    `connect` makes the sink, now and, where that fails, later. A new one is told `earlier` rows first: those of the shorter
+    training that this one goes on from. After a failure, told once, the server is left alone for
     PAUSE seconds, since clients try for minutes before they give up.
     """
 
     PAUSE = 600.0
 
-    def __init__(self, name: str, connect: Callable[[], Sink]) -> None:
-        self.name, self.connect = name, connect
-        self.sink: Sink | None = None
+    def __init__(self, name: str, connect: Callable[[], ServerSink], earlier: list[Row]) -> None:
+        self.name, self.connect, self.earlier = name, connect, earlier
+        self.sink: ServerSink | None = None
         self.unsent: list[Row] = []
         self.retry_at, self.has_warned = 0.0, False
         self._try(self._send)
@@ -215,7 +225,9 @@ class Service:
             )
 
     def _send(self) -> None:
-        self.sink = self.sink or self.connect()
+        if self.sink is None:
+            self.sink = self.connect()
+            self.unsent[:0] = self.earlier if self.sink.is_new else []
         while self.unsent:
             self.sink.write(self.unsent[0])
             del self.unsent[0]
@@ -240,11 +252,13 @@ class Sinks:
     def __init__(self, folder: str, services: str = "", *, run: str = "", config: Row | None = None) -> None:
         if storage.is_local(folder):
             storage.local_path(folder).mkdir(parents=True, exist_ok=True)
-        self.sinks: list[Sink] = [ParquetSink(folder), TensorBoardSink(folder)]
+        rows = ParquetSink(folder)
+        earlier = list(rows.rows)
+        self.sinks: list[Sink] = [rows, TensorBoardSink(folder)]
         if "wandb" in services.split(","):
-            self.sinks.append(Service("wandb", lambda: WandbSink(folder, run, config or {})))
+            self.sinks.append(Service("wandb", lambda: WandbSink(folder, run, config or {}), earlier))
         if "mlflow" in services.split(","):
-            self.sinks.append(Service("mlflow", lambda: MlflowSink(run, config or {})))
+            self.sinks.append(Service("mlflow", lambda: MlflowSink(run, config or {}), earlier))
 
     def write(self, row: Row) -> None:
         """Gives the row to every sink."""

@@ -56,6 +56,13 @@ def draw(
     return folder
 
 
+def damage(path: Path) -> None:
+    """Flips a bit of the last value."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.fixture
 def folders(tmp_path) -> tuple[Path, Path]:
     return draw(tmp_path / "real", 40, 0), draw(tmp_path / "fake", 36, 1)
@@ -166,7 +173,9 @@ def test_features_of_a_clip_do_not_depend_on_what_stands_beside_a_picture_or_cap
         np.testing.assert_array_equal(extractor.text(captions[start:end]), read[start:end])
 
 
-def test_scored_folders_are_held_against_each_other_pair_by_pair(folders, clip, tmp_path, capsys):
+def test_scored_folders_are_held_against_each_other_pair_by_pair(
+    folders, clip, tmp_path, monkeypatch, capsys
+):
     """Two systems: the difference has an interval of its own."""
     other = draw(tmp_path / "other", 36, 2)
     line = ["score", "--json", f"--real={folders[0]}", f"--extractor=clip={clip}", "--images-per-prompt=2"]
@@ -181,6 +190,9 @@ def test_scored_folders_are_held_against_each_other_pair_by_pair(folders, clip, 
     told = json.loads((tmp_path / "a.json").read_text())["scores"][0]
     assert told["protocol"]["images_per_prompt"] == 2 and len(told["deletions"]["sizes"]) == 16
     assert all(size % 2 == 0 for size in told["deletions"]["sizes"])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "a.json", "./a.json"]) == 2
+    assert "named twice" in capsys.readouterr().err
     (tmp_path / "torn.json").write_text('{"scores": [')
     assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "torn.json")]) == 2
     assert "is not what `darkroom score --json` prints" in capsys.readouterr().err
@@ -205,6 +217,20 @@ def test_pictures_that_are_no_whole_number_of_prompts_are_refused(folders, clip,
         assert "has 36 pictures, which are no whole number of prompts" in complaint(*line, given)
 
 
+def test_pictures_that_should_share_a_prompt_and_have_other_captions_are_refused(tmp_path, clip, complaint):
+    real, fake = draw(tmp_path / "real", 12, 0), draw(tmp_path / "fake", 12, 1, captions=True)
+    line = ("--real", real, "--fake", fake, "--extractor", f"clip={clip}", "--images-per-prompt", "2")
+    for number in range(12):
+        (fake / f"{number:04d}.txt").write_text("a cat" if number < 7 else "a dog")
+    assert "0006.png and " in (said := complaint(*line)) and "0007.png should share a prompt" in said
+
+
+def test_intervals_of_a_single_prompt_say_what_they_are_of(folders, clip, capsys):
+    line = ["score", "--json", f"--real={folders[0]}", f"--fake={folders[1]}", f"--extractor=clip={clip}"]
+    assert cli.main([*line, "--images-per-prompt=36"]) == 0
+    assert any("share one prompt" in said for said in json.loads(capsys.readouterr().out)["warnings"])
+
+
 def test_kept_features_are_not_extracted_again(folders, clip, scores, tmp_path, monkeypatch, complaint):
     line = (
         "--real",
@@ -224,6 +250,9 @@ def test_kept_features_are_not_extracted_again(folders, clip, scores, tmp_path, 
     monkeypatch.setattr(extractors, "clip_images", no_look)
     assert scores(*line) == first
     assert scores(*line, "--metrics=cmmd_biased")["cmmd_biased"]["value"] > 0
+    with pytest.raises(AssertionError, match="looked at again"):
+        damage(next((tmp_path / "kept").rglob("*.npy")))
+        scores(*line)
     (tmp_path / "file").write_text("no folder")
     assert "--features" in complaint(*line[:-1], tmp_path / "file")
     assert "s3://bucket/kept is no folder of this machine" in complaint(*line[:-1], "s3://bucket/kept")

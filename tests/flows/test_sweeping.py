@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -98,6 +99,21 @@ def test_the_curve_is_data_and_a_picture_on_the_page(root, made, capsys):
     assert {row["metric"] for row in rows} >= {"fd_clip", "clip_score"} and rows[0]["setting"] == "1"
     page = (run / "report.html").read_text()
     assert 'id="tradeoff"' in page and page.count('class="ring"') == 1 and "num_inference_steps = " in page
+
+
+@pytest.mark.slow
+def test_seeds_are_swept_for_what_chance_does(root, made, capsys):
+    line = ["evaluate", "latest", f"--root={root}", "--sweep=seed=0,1"]
+    assert cli.main([*line, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert made == ["generate", "evaluate"] and printed["curves"] == []
+    values = [point["scores"]["fd_clip"][0] for point in printed["points"]]
+    assert printed["spread"]["fd_clip"] == pytest.approx([np.mean(values), np.std(values, ddof=1)])
+    assert "vae_psnr" not in printed["spread"], "no seed of generation is in it"
+    assert cli.main(line) == 0
+    assert "standard deviation between seeds" in capsys.readouterr().out
+    page = (root / printed["run"] / "report.html").read_text()
+    assert "drawn from seeds 0, 1" in page and '<th scope="row">fd_clip</th>' in page
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from stages import report, report_page
+from stages import report_page, report_pictures
 from stages.pictures import png
-from stages.report_page import (
+from stages.report_data import (
     Artifact,
     AttributeAccuracy,
     Curve,
@@ -39,10 +39,8 @@ from stages.report_page import (
     Share,
     StageRun,
     Variation,
-    png_data_uri,
-    png_size,
-    render,
 )
+from stages.report_page import png_data_uri, png_size, render
 
 HOSTILE = '<script>alert("1")</script> & <img src=http://example.org/x onerror=a>'
 COLOURS = {
@@ -406,9 +404,9 @@ def test_what_a_training_drew_stands_under_its_curve(tmp_path) -> None:
     kept.mkdir(parents=True)
     for step in (400, 800, 1200, 1600, 2000):
         (kept / f"step_{step:08d}.png").write_bytes(png(np.full((4, 8, 3), step % 251, np.uint8)))
-    drawn = tuple(report._drawn_in_training(str(tmp_path)))
+    drawn = tuple(report_pictures.drawn_in_training(str(tmp_path)))
     assert [item.caption for item in drawn] == ["step 400", "step 1,200", "step 2,000"]
-    assert list(report._drawn_in_training(str(tmp_path / "_meta"))) == []
+    assert list(report_pictures.drawn_in_training(str(tmp_path / "_meta"))) == []
     curve = Curve(stage="vae", train=((1, 2.0), (2, 1.0)), samples=drawn)
     alts = [image["alt"] for image in Page(render(small_report(curves=(curve,)))).all("img")]
     assert [alt for alt in alts if "of vae" in alt] == [f"{item.caption} of vae" for item in drawn]

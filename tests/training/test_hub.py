@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +65,24 @@ def test_a_published_file_is_fetched_once_and_held_against_its_digest(served, tm
         UserError, match=r"cannot be downloaded \(HTTP Error 404.*copy it here and give its path"
     ):
         hub.file(f"{url}/weights.pth", right)
+
+
+def test_a_hub_that_drops_packets_is_said_within_seconds(monkeypatch):
+    """A listener whose queue is full leaves a connection as unanswered as a firewall does."""
+    monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as queue:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for _ in range(4):
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"cannot be downloaded .{address} does not answer"):
+            hub.folder("hub:somebody/unheard-of", "clip")
+        with pytest.raises(UserError, match=r"127\.0\.0\.1 does not answer"):
+            hub.file(f"{address}/never-fetched.pth", "0" * 64)
+        assert time.monotonic() - started < 20
 
 
 def test_what_is_to_be_downloaded_is_said_by_name_and_nothing_else_is(tmp_path):

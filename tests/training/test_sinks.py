@@ -116,11 +116,13 @@ class FakeWandb(ModuleType):
 
     def init(self, **arguments: Any) -> Any:
         self.inits.append(arguments)
+        is_known = arguments["id"] in self.histories
         history = self.histories.setdefault(arguments["id"], [])
         return SimpleNamespace(
             define_metric=lambda name, step_metric=None: self.defined.append((name, step_metric)),
             log=lambda metrics, step=None: self._log(history, metrics, step),
             finish=self._finish,
+            resumed=is_known,
         )
 
     def _log(self, history: list[dict[str, float]], metrics: dict[str, float], step: int | None) -> None:
@@ -229,6 +231,23 @@ def test_mlflow_gets_one_run_whose_parameters_are_told_once(tmp_path: Path, mlfl
     told = [(step, metrics) for _, step, metrics in mlflow.metrics]
     assert told == [(s, {"loss": 1.0}) for s in (20, 40, 60)] + [(s, {"loss": 0.5}) for s in (40, 60, 80)]
     assert mlflow.active is None
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_a_longer_trainings_own_run_has_the_rows_of_the_shorter_one(
+    tmp_path: Path, request, service: str
+) -> None:
+    fake, told = request.getfixturevalue(service), {"wandb": _told_wandb, "mlflow": _told_mlflow}[service]
+    shorter = Sinks(str(tmp_path))
+    for step in (20, 40):
+        shorter.write(_row(step, 1.0))
+    shorter.close()
+    for steps in ((60, 80), (100,)):
+        longer = Sinks(str(tmp_path), service, run="vae-1a")
+        for step in steps:
+            longer.write(_row(step, 0.5))
+        longer.close()
+    assert told(fake) == [20, 40, 60, 80, 100]
 
 
 def _told_wandb(fake: FakeWandb) -> list[float]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +128,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @dataclass
 class _Kept:
-    """Features of one extractor on disk: a .npy of all N rows, and beside it how many of them are there."""
+    """Features of one extractor on disk: a .npy of all N rows, and beside it how many of them are there and their SHA-256."""
 
     extractor: Extractor
     path: Path
@@ -135,10 +137,12 @@ class _Kept:
     done: int = 0
     sizes: frozenset[tuple[int, int]] = frozenset()
     rows: np.memmap | None = None
+    digest: Any = field(default_factory=hashlib.sha256)
+    """Of the rows that are there."""
 
     @classmethod
     def found(cls, folder: Path, extractor: Extractor, count: int) -> _Kept:
-        """What `folder` holds; nothing where that is no whole array of N rows with a count of those that are there."""
+        """What `folder` holds; nothing where that is no whole array of N rows, or the rows said to be there are not those that were written."""
         kept = cls(extractor, folder / f"{extractor.name}-{extractor.digest[:12]}.npy", count)
         try:
             # not opened for writing: numpy would fill a file that was cut with zeros
@@ -146,10 +150,13 @@ class _Kept:
             told = json.loads(kept.told.read_text())
             sizes = frozenset((int(w), int(h)) for w, h in told["sizes"])
             done = int(told["rows"])
+            sha256 = str(told["sha256"])
         except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, RecursionError):
             return kept
         if there.ndim == 2 and len(there) == count and there.dtype == np.float32 and 0 <= done <= count:
-            kept.done, kept.sizes = done, sizes
+            digest = hashlib.sha256(there[:done])
+            if digest.hexdigest() == sha256:
+                kept.done, kept.sizes, kept.digest = done, sizes, digest
         return kept
 
     @property
@@ -163,9 +170,10 @@ class _Kept:
         if self.rows is None:
             self.rows = self._opened(rows.shape[1])
         self.rows[start:end] = rows
+        self.digest.update(rows)
         if end % BLOCK == 0 or end == self.count:
             self.rows.flush()
-            told = {"rows": end, "sizes": sorted(sizes)}
+            told = {"rows": end, "sha256": self.digest.hexdigest(), "sizes": sorted(sizes)}
             storage.write_bytes(str(self.told), json.dumps(told).encode())
             self.done = end
 

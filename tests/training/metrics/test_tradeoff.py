@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.metrics.tradeoff import Point, curve, curves
+from training.metrics.tradeoff import Point, Sweep, curve, curves
 
 
 def point(setting: float, fd: float, fit: float, **more: float) -> Point:
@@ -33,3 +33,11 @@ def test_a_distance_that_some_point_lacks_has_no_curve():
     points = [point(1, 2.0, 0.3, fid=9.0), point(2, 1.0, 0.4)]
     assert [c.distance for c in curves(points)] == ["fd_clip"]
     assert [c.distance for c in curves(points[:1])] == ["fd_clip", "fid"]
+
+
+def test_of_seeds_none_is_best_and_the_spread_is_that_of_what_differs():
+    points = [point(seed, fd, 0.3, clip_score=0.3) for seed, fd in ((0, 1.0), (1, 2.0), (2, 3.0))]
+    found = Sweep.of("seed", points)
+    assert found.curves == () and found.spread == {"fd_clip": (2.0, 1.0)}
+    assert Sweep.of("seed", points[:1]).spread == {}
+    assert Sweep.of("guidance_scale", points).curves and not Sweep.of("guidance_scale", points).spread
