@@ -64,7 +64,7 @@ WANTED = (
     "pytorch-warmup==0.2.0",
     "resize-right==0.0.2",
     "rotary-embedding-torch==0.9.1",
-    "setuptools<70",  # clip-anytorch imports pkg_resources
+    "setuptools>=77.0.3,<82",  # torch wants the one; clip-anytorch imports pkg_resources, which later ones have not
     "tensorboard==2.21.0",
     "torchmetrics==1.9.0",
     "vector-quantize-pytorch==1.32.0",
