@@ -4,8 +4,8 @@
 
 Everyone reads the same two folders of JPEGs and runs FID's Inception with the same random weights, in a process of its own,
 from the start of the process to its end. clean-fid's own network cannot be had without a download, so it gets
-torch-fidelity's, behind clean-fid's reading, resizing and batching. The peers are installed once, from the package index,
-into infra/bench/.peers/score.
+torch-fidelity's, behind clean-fid's reading, resizing and batching: once with its defaults, whose 12 processes decode and
+resize, and once without any. The peers are installed once, from the package index, into infra/bench/.peers/score.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ def features(pixels):
     with torch.inference_mode():
         return network(pixels.clamp(0, 255).round().byte())[0]
 
-score = fid.compare_folders(real, fake, features, mode="clean", num_workers=0, device=torch.device("cpu"), verbose=False)
+score = fid.compare_folders(real, fake, features, mode="clean", device=torch.device("cpu"), verbose=False, WORKERS)
 print(json.dumps({"fid": score}))
 """
-CONTENDERS = {"darkroom score": OURS, "torch-fidelity": TORCH_FIDELITY, "clean-fid": CLEAN_FID}
+CONTENDERS = {
+    "darkroom score": OURS,
+    "torch-fidelity": TORCH_FIDELITY,
+    "clean-fid": CLEAN_FID.replace(", WORKERS", ""),
+    "clean-fid, no workers": CLEAN_FID.replace("WORKERS", "num_workers=0"),
+}
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
         ratio = median(each[name]["seconds"] / each[ours]["seconds"] for each in rounds)
         first = rounds[0][name]
         sys.stdout.write(
-            f"{name:<15} {median(seconds):7.1f} s   {ratio:.2f} of ours   FID {first['fid']:.6f}   {first['gib']:.2f} GiB\n"
+            f"{name:<21} {median(seconds):7.1f} s   {ratio:.2f} of ours   FID {first['fid']:.6f}   {first['gib']:.2f} GiB\n"
         )
     if options.json:
         options.json.write_text(json.dumps(rounds, indent=1) + "\n")
