@@ -27,7 +27,7 @@ from flows.parameters import (
     StoreParameters,
 )
 from flows.plan import Plan
-from stages import cluster
+from stages import cluster, logs
 
 EVALUATION = ("generate", "evaluate", "report")
 """Stages that judge what the stages before them made."""
@@ -50,7 +50,7 @@ class _FlowLog(logging.Handler):
     """Hands our log on to the flow run's, from whichever thread it comes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self._run_log = get_run_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -119,10 +119,9 @@ def gc(run: CollectParameters) -> State[Any]:
 def _ended(asked: StoreParameters, work: Callable[[], str]) -> State[Any]:
     """The state of a run that did `work`, which returns what came of it; an error that says what to do is its message."""
     os.environ.setdefault("DARKROOM_STOPPING_SECONDS", f"{CANCELLING_SECONDS:g}")
-    log = logging.getLogger("darkroom")
-    log.handlers[:], log.propagate = [_FlowLog()], False
-    log.setLevel(logging.INFO)
     try:
+        log = logs.set_up()
+        log.handlers[:] = [*(log.handlers if logs.is_json() else []), _FlowLog()]  # which Prefect prints
         refuse_credentials("", asked.model_dump())
         return Completed(message=work())
     except (DarkroomError, FloatingPointError) as error:

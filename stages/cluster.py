@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import UserError
+from stages.autoscaler import NodeGroup, node_groups
 
 _HIDES_GPUS = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 _ENVIRONMENT = {
@@ -153,28 +154,51 @@ def resting() -> list[Any]:
 
 def num_cpus() -> int:
     """CPUs that the connected cluster has, or may start."""
-    return max(1, _most("CPU"))
+    return max(1, _most("CPU", sum(group.nodes * group.cpus for group in _startable())))
 
 
 def num_gpus() -> int:
     """GPUs that the connected cluster has, or may start."""
-    return _most("GPU")
+    return _most("GPU", sum(group.nodes * group.gpus for group in _startable()))
 
 
-def _most(resource: str) -> int:
-    """What there is of `resource` now, or what the autoscaler may bring it to, where there is one."""
-    import ray
-
-    may_be = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return int(max(ray.cluster_resources().get(resource, 0), may_be.get(resource, 0)))
+def cpus_of_each(workers: int) -> int:
+    """CPUs that each of `workers` may have for itself, all of one node; 1 where there are not even as many CPUs."""
+    here = [(1, int(node.get("CPU", 0))) for node in _nodes()]
+    later = [(group.nodes, group.cpus) for group in _startable()]
+    return max(1, _share(here, workers), _share(later, workers))
 
 
 def cpus_beside_a_gpu() -> int:
-    """CPUs that every GPU of the nodes that are there may have for itself; 1 where none is there yet."""
+    """CPUs that every GPU of the nodes that are there, or may be started, may have for itself; 1 where there is no GPU."""
+    here = [(int(node.get("CPU", 1)), node["GPU"]) for node in _nodes() if node.get("GPU")]
+    later = [(group.cpus, group.gpus) for group in _startable() if group.gpus]
+    return max(1, min((int(cpus // gpus) for cpus, gpus in here + later), default=1))
+
+
+def _share(nodes: list[tuple[int, int]], workers: int) -> int:
+    """The most CPUs that each of `workers` can have on (how many, CPUs of each) `nodes`; 0 where they do not fit."""
+    largest = max((cpus for _, cpus in nodes), default=0)
+    fits = (each for each in range(largest, 0, -1) if sum(n * (cpus // each) for n, cpus in nodes) >= workers)
+    return next(fits, 0)
+
+
+def _most(resource: str, startable: int) -> int:
+    """What there is of `resource` now, or the autoscaler may bring it to."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    return max(1, min((int(node.get("CPU", 1) // node["GPU"]) for node in nodes), default=1))
+    return int(max(ray.cluster_resources().get(resource, 0), startable))
+
+
+def _startable() -> tuple[NodeGroup, ...]:
+    return () if is_own() else node_groups()
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is there."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _attach(address: str, options: dict) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data import storage
 from data.errors import StageFailed
 from data.manifest import Snapshot
-from stages import cluster
+from stages import cluster, logs
 from stages.contract import STOP_SECONDS, JobsConfig, Progress, StageSpec
 
 if TYPE_CHECKING:
@@ -59,22 +59,35 @@ def run_as_job(
     if snapshot := spec.made():
         return snapshot
     client, asked = connect(address), _stage_request(spec, later)
-    from stages.following import Following, HeadLost
-
-    failure: Exception = StageFailed(f"{address} lost its head {HEADS} times while {spec.stage} ran")
-    for _ in range(HEADS):
-        job = adopt_or_submit(client, spec.stage, f"{spec.stage}-{spec.fingerprint}", asked, spec.jobs)
-        try:
-            failure = Following(client, job, spec, progress, say).to_its_end()
-        except HeadLost:
-            log.warning("the head of %s does not know job %s any more: submitting it again", address, job)
-            continue
-        except StageFailed as error:
-            failure = error
-        break
+    with logs.at(run=spec.run, stage=spec.stage):
+        failure = _ended(client, spec, asked, progress, say)
     if snapshot := spec.made():
         return snapshot
     raise failure
+
+
+def _ended(
+    client: JobClient,
+    spec: StageSpec,
+    asked: Mapping[str, Any],
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Exception:
+    """Follows the job that does `asked` to its end, on another head where one is lost; returns what to raise if it made no
+    snapshot."""
+    from stages.following import Following, HeadLost
+
+    for _ in range(HEADS):
+        job = adopt_or_submit(client, spec.stage, f"{spec.stage}-{spec.fingerprint}", asked, spec.jobs)
+        try:
+            return Following(client, job, spec, progress, say).to_its_end()
+        except HeadLost:
+            log.warning(
+                "the head of %s does not know job %s any more: submitting it again", client.address, job
+            )
+        except StageFailed as error:
+            return error
+    return StageFailed(f"{client.address} lost its head {HEADS} times while {spec.stage} ran")
 
 
 def request(

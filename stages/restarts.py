@@ -16,6 +16,11 @@ def final(error: BaseException) -> BaseException | None:
     return next((cause for cause in _causes(error) if _would_return(cause)), None)
 
 
+def reason(error: BaseException) -> str:
+    """The class of what a training failed of, by Ray Train's `error`: what attempts are counted by."""
+    return type(final(error) or _causes(error)[0]).__name__
+
+
 def told(error: BaseException) -> BaseException:
     """What to raise for Ray Train's `error`: the worker's own error, where that says what to do; else a StageFailed that quotes it."""
     if found := final(error):

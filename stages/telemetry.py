@@ -16,7 +16,11 @@ from stages import logs
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "darkroom_samples": ("counter", "samples that are done; their rate is samples per second", ()),
     "darkroom_rows": ("counter", "rows attempted, by outcome and reason", ("outcome", "reason")),
-    "darkroom_failed_attempts": ("counter", "attempts at a shard that failed, by reason", ("reason",)),
+    "darkroom_failed_attempts": (
+        "counter",
+        "attempts at a shard or a training that failed, by reason",
+        ("reason",),
+    ),
     "darkroom_bytes": ("counter", "bytes of files written", ()),
     "darkroom_device_seconds": ("counter", "seconds that devices were held, times devices", ("device",)),
     "darkroom_shard_seconds": ("histogram", "seconds from a shard's start to its receipt", ()),

@@ -12,7 +12,7 @@ from data import storage
 from data.errors import StageFailed, UserError
 from data.loader import ColumnSet
 from data.manifest import START, Snapshot, load_snapshot
-from stages import cluster, logs, model_card, publishing, restarts, spending
+from stages import autoscaler, cluster, logs, model_card, publishing, restarts, spending
 from stages.board import Board
 from stages.continuation import adopt, donor, keep_for_others, trajectory
 from stages.contract import Inputs, Stage, Workspace, commit, stopping_seconds
@@ -150,8 +150,9 @@ def refuse_impossible(name: str, config: TrainConfig) -> None:
     gpus, cpus = cluster.num_gpus(), cluster.num_cpus()
     have = gpus or cpus
     if config.num_workers > have:
+        more = "" if cluster.is_own() else f", or name the nodes that may come in {autoscaler.VARIABLE}"
         raise UserError(
-            f"{name}.num_workers={config.num_workers}, but the cluster has {gpus} GPUs and {cpus} CPUs: use at most {have}"
+            f"{name}.num_workers={config.num_workers}, but the cluster has {gpus} GPUs and {cpus} CPUs: use at most {have}{more}"
         )
 
 
@@ -166,12 +167,14 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
 
     records = storage.join(workspace.folder, "_meta", "ray")
     storage.remove_tree(records)  # Ray refuses to go on from a truncated record of its own
+    place = dict(logs.place())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()  # no worker's node
     trainer = ColumnTrainer(
         train_worker.work,
         alone=cluster.is_own(),
         checkpoints=storage.join(workspace.folder, "checkpoints"),
+        place=place,
         train_loop_config={
             "name": name,
             "config": config.model_dump(mode="json"),
@@ -181,7 +184,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
             "run": f"{name}-{workspace.fingerprint}",
             "identity": identity,
             "board": board,
-            "place": dict(logs.place()),
+            "place": place,
         },
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
@@ -201,7 +204,7 @@ def _fit(name: str, config: TrainConfig, inputs: Inputs, workspace: Workspace, i
 def _cpus_of_a_worker(config: TrainConfig) -> int:
     if cluster.num_gpus():
         return min(16, cluster.cpus_beside_a_gpu())
-    return max(1, min(16, cluster.num_cpus() // (config.num_workers or 1)))
+    return min(16, cluster.cpus_of_each(config.num_workers or 1))
 
 
 def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: Workspace) -> None:
@@ -210,8 +213,9 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
     ended = threading.Event()
     arguments = (fit, failure, ended)
     threading.Thread(target=_capture, args=arguments, daemon=True, name="darkroom-fit").start()
+    meter = _meter(config, workspace)
     try:
-        _follow(ended, board, config, workspace)
+        _follow(ended, board, config, workspace, meter)
     except Exception:
         raise
     except BaseException:  # told to stop: Ctrl-C, SIGTERM, a cancelled flow
@@ -221,16 +225,20 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
             why = restarts.told(failure[0]) if failure else f"it took more than {seconds:g} s"
             log.warning("it stopped without one (%s): the last checkpoint before it counts", why)
         raise
+    finally:
+        meter.tell(workers=config.num_workers or 1)
+        meter.note()
     if failure:
         raise restarts.told(failure[0]) from failure[0]
 
 
-def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: Workspace) -> None:
+def _follow(
+    ended: threading.Event, board: Any, config: TrainConfig, workspace: Workspace, meter: spending.Meter
+) -> None:
     import ray
 
     seen, moved = -1, time.monotonic()
     has_ended = False
-    meter = _meter(config, workspace)
     while not has_ended:
         has_ended = ended.wait(0.5)
         meter.tell(workers=config.num_workers or 1)
@@ -247,7 +255,6 @@ def _follow(ended: threading.Event, board: Any, config: TrainConfig, workspace: 
             raise StageFailed(
                 f"training made no step for {workspace.fanout.stall_seconds:.0f} s (fanout.stall_seconds)"
             )
-    meter.note()
 
 
 def _meter(config: TrainConfig, workspace: Workspace) -> spending.Meter:

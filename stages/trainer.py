@@ -6,6 +6,7 @@ name. Nothing here may bring it in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stages import restarts
+from stages import logs, restarts, telemetry
 from training import checkpoint_facts
 
 
@@ -27,11 +28,13 @@ class ColumnTrainer(DataParallelTrainer):
 
     With `alone`, on a cluster that ends with this process, none either that frees the workers' places when Ray's controller
     dies, since that fails the training and the cluster goes with the run, and none that asks for more nodes. The limits of
-    its FailureConfig count from the newest of the `checkpoints`.
+    its FailureConfig count from the newest of the `checkpoints`. What fails is counted as of `place`, a run and a stage.
     """
 
-    def __init__(self, *arguments: Any, alone: bool, checkpoints: str, **options: Any) -> None:
-        self._alone, self._checkpoints = alone, checkpoints
+    def __init__(
+        self, *arguments: Any, alone: bool, checkpoints: str, place: Mapping[str, str | int], **options: Any
+    ) -> None:
+        self._alone, self._checkpoints, self._place = alone, checkpoints, dict(place)
         self._needless = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
         super().__init__(*arguments, backend_config=_Devices(), **options)
 
@@ -39,7 +42,8 @@ class ColumnTrainer(DataParallelTrainer):
         return [call for call in super()._create_default_callbacks() if not isinstance(call, self._needless)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        options["failure_policy"] = WhileItAdvances(self.run_config.failure_config, self._checkpoints)
+        limits = self.run_config.failure_config
+        options["failure_policy"] = WhileItAdvances(limits, self._checkpoints, self._place)
         if self._alone:
             options["scaling_policy"] = _Unannounced(self.scaling_config)
         return super()._initialize_and_run_controller(**options)
@@ -48,12 +52,15 @@ class ColumnTrainer(DataParallelTrainer):
 class WhileItAdvances(DefaultFailurePolicy):
     """Workers that died are replaced as long as checkpoints advance, and not at all when they would fail of the same again."""
 
-    def __init__(self, limits: FailureConfig, checkpoints: str) -> None:
+    def __init__(self, limits: FailureConfig, checkpoints: str, place: Mapping[str, str | int]) -> None:
         super().__init__(limits)
         self._checkpoints, self._seen = checkpoints, checkpoint_facts.latest(checkpoints)
+        self._place = dict(place)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether to start the workers again; what has failed before the newest checkpoint does not count."""
+        with logs.at(**self._place):
+            telemetry.tell("darkroom_failed_attempts", 1, reason=restarts.reason(training_failed_error))
         if restarts.final(training_failed_error):
             return FailureDecision.RAISE
         newest = checkpoint_facts.latest(self._checkpoints)

@@ -21,6 +21,8 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 """From the kernel's <sys/prctl.h>."""
+HEAD_ID, HEAD_TYPE = 51 * "f" + "00000", "ray.head.default"
+"""What Ray's provider of nodes for tests calls the head and its kind."""
 
 
 def free_port() -> int:
@@ -56,17 +58,20 @@ class RayCluster:
         self.port, self.dashboard = free_port(), free_port()
         self.http = f"http://127.0.0.1:{self.dashboard}"
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self.variables: dict[str, str] = {}
 
     @property
     def client(self) -> dict[str, str]:
         """What a client's environment holds."""
         return {"RAY_AUTH_TOKEN": self.token, "RAY_AUTH_MODE": "token"}
 
-    def start_head(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
-        """A head that answers; it misses a dead node within twenty seconds."""
-        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
-        ports += [f"--ray-client-server-port={free_port()}"]
-        head = self._start("--head", "--dashboard-host=127.0.0.1", *ports, num_cpus=num_cpus)
+    def start_head(self, *, num_cpus: int, startable: int = 0) -> subprocess.Popen[bytes]:
+        """A head that answers; it misses a dead node within twenty seconds. Its autoscaler may start `startable` nodes of one
+        CPU."""
+        options = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
+        options += [f"--ray-client-server-port={free_port()}"]
+        options += [f"--autoscaling-config={self._autoscaling(startable)}"] if startable else []
+        head = self._start("--head", "--dashboard-host=127.0.0.1", *options, num_cpus=num_cpus)
         deadline = time.monotonic() + 120
         while True:
             with suppress(OSError), urllib.request.urlopen(self._asking("/api/version"), timeout=5):
@@ -76,8 +81,55 @@ class RayCluster:
 
     def add_node(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
         """Another node, on this machine too."""
-        here = socket.gethostbyname(socket.gethostname())
-        return self._start(f"--address={here}:{self.port}", num_cpus=num_cpus)
+        return self._start(f"--address={self._gcs}", num_cpus=num_cpus)
+
+    def nodes_below(self, head: subprocess.Popen[bytes]) -> int:
+        """How many nodes a head with an autoscaler runs on, itself included."""
+        return sum("/raylet/raylet " in title(pid) for pid in below(head.pid))
+
+    @property
+    def _gcs(self) -> str:
+        return f"{socket.gethostbyname(socket.gethostname())}:{self.port}"
+
+    def _autoscaling(self, nodes: int) -> Path:
+        """What `ray up` would give the head, with Ray's own provider of nodes that are processes of this machine."""
+        head, worker = ({"node_config": {}, "max_workers": most} for most in (0, nodes))
+        empty = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
+        empty += ["head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "rsync_filter"]
+        config = {
+            "cluster_name": "tests",
+            "max_workers": nodes,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "gcs_address": self._gcs,
+                "head_node_id": HEAD_ID,
+                "launch_multiple": True,
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
+            "available_node_types": {
+                HEAD_TYPE: head | {"resources": {"CPU": 0}},
+                "worker": worker | {"resources": {"CPU": 1, "object_store_memory": 100_000_000}},
+            },
+            "head_node_type": HEAD_TYPE,
+            "upscaling_speed": 1.0,
+            "idle_timeout_minutes": 2.0,
+            **{name: [] for name in (*empty, "cluster_synced_files")},
+            **{name: {} for name in ("auth", "docker", "file_mounts")},
+        }
+        path = self.folder / "autoscaling.yaml"
+        path.write_text(json.dumps(config))
+        self.variables |= {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "DARKROOM_AUTOSCALER": json.dumps([{"nodes": nodes, "cpus": 1}]),
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "RAY_enable_autoscaler_v2": "1",
+        }
+        return path
 
     def lose(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL of every process of a node."""
@@ -92,6 +144,11 @@ class RayCluster:
         """Submission id -> what the cluster says of the job."""
         with urllib.request.urlopen(self._asking("/api/jobs/"), timeout=30) as answer:
             return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
+
+    def actors(self) -> set[str]:
+        """The classes of all actors that the cluster has had."""
+        with urllib.request.urlopen(self._asking("/api/v0/actors?limit=1000"), timeout=30) as answer:
+            return {actor["class_name"] for actor in json.load(answer)["data"]["result"]["result"]}
 
     def jobs_of(self, folder: str) -> list[str]:
         """The ids of the jobs that make the artifact in `folder`, oldest first."""
@@ -138,7 +195,7 @@ class RayCluster:
         with (self.folder / "starting.log").open("wb") as said:
             return subprocess.Popen(
                 line,
-                env=os.environ | self.client | mine,
+                env=os.environ | self.client | mine | self.variables,
                 cwd=self.folder,
                 stdout=said,
                 stderr=said,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from command_lines import CHECKOUT, TINY, command, environment, result
+from ray_cluster import ray_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "generate", "evaluate", "report"]
@@ -25,7 +27,8 @@ STAGES = ["shard", "clip", "embed", "vae", "encode", "prior", "denoiser", "gener
 def undisturbed(tmp_path_factory) -> tuple[Path, dict]:
     """A tiny demo that nothing disturbed, by two workers per fan-out: (root, what `run --json` printed)."""
     root = tmp_path_factory.mktemp("undisturbed")
-    line = command("run", "demo", "--json", root=root, settings=TINY | {"fanout.num_workers": 2})
+    settings = TINY | {"fanout.num_workers": 2, "prices.cpu_hour": 0.5, "prices.currency": "EUR"}
+    line = command("run", "demo", "--json", root=root, settings=settings)
     finished = subprocess.run(
         line, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=900
     )
@@ -65,7 +68,7 @@ def test_a_run_ends_with_a_report_and_a_sound_store(undisturbed):
         for path in root.glob("store/*/*/_meta/snapshots/*.json")
     ]
     assert sum(s.get("cpu", 0) > 0 for s in spent) == len(STAGES) - 1, "all but the report held devices"
-    assert "CPU-hours" in page
+    assert re.search(r"<dd>[\d.]+ CPU-hours, [\d.]+ EUR</dd>", page)
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/png;base64" in page
     verdict = subprocess.run(
         [sys.executable, "-m", "flows.cli", "verify", str(root), "--json"],
@@ -132,6 +135,34 @@ def test_published_encoders_prepare_another_folder_alone(undisturbed, darkroom, 
         "img_emb_00001.npy",
         "vae_moments_00001.npy",
     }
+
+
+def test_as_jobs_on_two_nodes_the_recipe_ends_with_the_same_scores_and_then_does_nothing(
+    undisturbed, tmp_path, prefect_api
+):
+    with ray_cluster() as cluster:
+        cluster.start_head(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        settings = TINY | {"fanout.num_workers": 2}
+        line = command("run", "demo", "--json", f"--address={cluster.http}", root=tmp_path, settings=settings)
+        variables = environment() | cluster.client | {"PREFECT_API_URL": prefect_api}
+        made, again = (
+            result(
+                subprocess.run(
+                    line, env=variables, cwd=CHECKOUT, capture_output=True, text=True, timeout=1200
+                )
+            )
+            for _ in range(2)
+        )
+        jobs = sorted(cluster.jobs().values(), key=lambda job: job["start_time"])
+    assert {stage["status"] for stage in made["stages"]} == {"ran"}
+    assert {stage["status"] for stage in again["stages"]} == {"cached"}
+    assert [job["submission_id"].partition("-")[0] for job in jobs] == STAGES
+    assert {job["status"] for job in jobs} == {"SUCCEEDED"}
+    root, alone = undisturbed
+    assert columns_of(tmp_path) == columns_of(root)
+    assert made["metrics"] == again["metrics"] == alone["metrics"]
+    assert "CPU-hours" in Path(made["report"]).read_text()
 
 
 def test_generate_draws_the_same_picture_for_the_same_seed(undisturbed, tmp_path, darkroom):

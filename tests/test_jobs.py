@@ -332,7 +332,9 @@ def test_what_the_cluster_can_never_run_is_refused_before_the_first_stage_begins
     client = start(spec, tmp_path, cluster.http, cluster.token, f"--then={tmp_path / 'later.json'}")
     code, said = end(client)
     assert code == 2 and not receipts(spec)
-    assert "vae.num_workers=64, but the cluster has 0 GPUs and 1 CPUs: use at most 1" in said
+    assert (
+        "vae.num_workers=64, but the cluster has 0 GPUs and 1 CPUs: use at most 1, or name the nodes" in said
+    )
 
 
 def test_a_driver_that_no_node_has_room_for_is_given_up_with_what_it_waits_for(cluster, tmp_path):
@@ -376,6 +378,15 @@ def test_an_interpreter_without_darkroom_is_named_with_what_to_do(cluster, tmp_p
     spec = shards(tmp_path, SMALL, jobs=JobsConfig(python="/nowhere/python"))
     code, said = end(start(spec, tmp_path, cluster.http, cluster.token))
     assert code == 2 and "cannot run `/nowhere/python -m stages`" in said and "jobs.python" in said
+
+
+def test_lines_for_programs_name_the_run_and_the_stage_of_a_job(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_LOG", "json")
+    spec = shards(tmp_path, SMALL, jobs=JobsConfig(python="/nowhere/python"), run="demo-1")
+    _, said = end(start(spec, tmp_path, cluster.http, cluster.token))
+    first, *_ = map(json.loads, said.splitlines())
+    assert first["message"].startswith("shard is job shard-")
+    assert (first["run"], first["stage"]) == ("demo-1", "shard")
 
 
 def test_code_that_is_sent_along_runs_and_another_version_of_a_stage_is_refused(cluster, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from data.manifest import FileRecord, publish_snapshot
 from flows import console
 from flows.plan_table import show_plan
 
@@ -70,6 +71,17 @@ def test_a_plan_tells_what_it_will_take_and_cost_where_that_is_known(plan_of, pu
     assert told in wide and wide.count("~0.05 CPU-hours") == wide.count("~0.025 EUR") == 4
     plan = plan_of("prior.learning_rate=0.0123")
     assert "EUR" not in shown(monkeypatch, 140, lambda: show_plan(plan, plan.stages))
+
+
+def test_a_plan_tells_how_many_bytes_it_will_write(plan_of, publish, monkeypatch):
+    made = publish(plan_of("evaluate.num_images=300").stages)["generate"]
+    file = FileRecord(path="a", bytes=2_000_000, sha256="0" * 64)
+    publish_snapshot(made.folder, made.model_copy(update={"files": (file,)}))
+    plan = plan_of("evaluate.num_images=900")
+    wide = shown(monkeypatch, 140, lambda: show_plan(plan, plan.stages))
+    assert "CPU-hours, 6 MB" in wide and wide.count("~6 MB") == 1
+    row = next(stage.as_json() for stage in plan.stages if stage.name == "generate")
+    assert row["bytes"] == 6_000_000
 
 
 def test_a_plan_shows_the_stages_asked_for(plan_of, monkeypatch):

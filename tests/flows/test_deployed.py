@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 import threading
@@ -89,6 +90,26 @@ def test_a_run_makes_what_the_command_makes_and_leaves_its_artifacts(pictures, t
     eventually(
         lambda: any(line.startswith("shard     done in") for line in log(run)), 30, lambda: str(log(run))
     )
+
+
+def test_lines_for_programs_name_run_stage_and_shard_in_the_workers_log(server, pictures, tmp_path):
+    _, home = server
+    asked = entry("prepare", "for-programs", {"data": str(pictures), "root": str(tmp_path / "runs")})
+    asked["work_pool"]["job_variables"]["env"]["DARKROOM_LOG"] = "json"
+    deploy(tmp_path, asked)
+    run = start("prepare/for-programs")
+    name = ended(run).message.partition(":")[0]
+
+    def done() -> list[dict]:
+        lines = [
+            line for line in (home / "worker.log").read_text().splitlines() if line.startswith('{"time"')
+        ]
+        return [line for line in map(json.loads, lines) if "shard" in line]
+
+    (line,) = eventually(done, 30, lambda: (home / "worker.log").read_text())
+    assert (line["run"], line["stage"], line["shard"], line["level"]) == (name, "shard", 0, "debug")
+    assert line["message"].startswith("done, 12 samples in ")
+    assert not any("done, 12 samples" in said for said in log(run)), "people are told what they need alone"
 
 
 def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):

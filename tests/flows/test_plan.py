@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.manifest import ShardRecord, publish_receipt, snapshot_path
+from data.manifest import FileRecord, ShardRecord, publish_receipt, publish_snapshot, snapshot_path
 from stages import continuation
 from training import checkpoint_facts
 
@@ -146,6 +146,16 @@ def test_the_estimate_of_a_changed_stage_scales_the_last_timing_with_its_steps(p
     assert longer["denoiser"].seconds == pytest.approx(300.0)
     assert longer["denoiser"].device_seconds == pytest.approx({"cpu": 540.0})
     assert longer["generate"].seconds == pytest.approx(100.0)
+
+
+def test_bytes_are_estimated_by_images_and_not_by_steps(plan_of, publish):
+    made = publish(plan_of("evaluate.num_images=300", "denoiser.max_steps=100").stages)
+    for stage in ("generate", "denoiser"):
+        file = FileRecord(path="a", bytes=2_000_000, sha256="0" * 64)
+        publish_snapshot(made[stage].folder, made[stage].model_copy(update={"files": (file,)}))
+    changed = plan_of("evaluate.num_images=900", "denoiser.max_steps=300").pending
+    expected = {stage.name: stage.spending.bytes for stage in changed}
+    assert (expected["generate"], expected["denoiser"]) == (6_000_000, 2_000_000)
 
 
 def test_what_a_stage_will_spend_is_unknown_until_one_like_it_was_made(plan_of, publish):

@@ -51,6 +51,14 @@ def test_every_image_stays_what_it_is(compose):
     assert not is_pinned("postgres:17") and not is_pinned("postgres:latest") and not is_pinned("postgres")
 
 
+def test_the_store_grants_a_lease_to_one_run_alone(compose):
+    name, _, version = compose["services"]["s3"]["image"].partition(":")
+    assert name == "chrislusf/seaweedfs"
+    assert tuple(map(int, version.split("."))) > (4, 16), (
+        "until then its conditional writes raced (issue 8800)"
+    )
+
+
 def test_a_secret_that_is_not_set_is_refused_before_anything_starts():
     used = dict(VARIABLE.findall((INFRA / "compose.yaml").read_text()))
     assert used.keys() >= SECRETS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from typing import Any
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from stages import autoscaler
 from tests.infra.conftest import INFRA, SCHEMAS, our_image, pinned, read_yaml
 
 K8S = INFRA / "k8s"
@@ -124,6 +126,23 @@ def test_the_head_is_on_demand_and_works_nothing_the_gpus_are_spot_and_start_at_
         for name, group in groups.items()
     }
     assert asked == {"cpu": False, "gpu-spot": True}
+
+
+def test_programs_are_told_what_the_autoscaler_may_start():
+    (settings,) = kind("ConfigMap")
+    told = json.loads(settings["data"][autoscaler.VARIABLE])
+    groups = kind("RayCluster")[0]["spec"]["workerGroupSpecs"]
+    assert [autoscaler.NodeGroup(**group) for group in told] == [_startable(group) for group in groups]
+    for pod in (group["template"] for group in [kind("RayCluster")[0]["spec"]["headGroupSpec"], *groups]):
+        sources = pod["spec"]["containers"][0]["envFrom"]
+        assert {"configMapRef": {"name": settings["metadata"]["name"]}} in sources
+
+
+def _startable(group: dict[str, Any]) -> autoscaler.NodeGroup:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return autoscaler.NodeGroup(
+        nodes=group["maxReplicas"], cpus=int(limits["cpu"]), gpus=int(limits.get("nvidia.com/gpu", 0))
+    )
 
 
 def test_a_spot_node_tells_ray_before_it_goes_and_is_given_the_time():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import shlex
 from typing import Any
 
 import jsonschema
 import pytest
 
+from stages import autoscaler
 from tests.infra.conftest import INFRA, our_image, read_yaml
 
 
@@ -48,6 +51,18 @@ def test_ray_asks_for_the_token_of_a_file_and_serves_its_dashboard_on_loopback(c
     (path,) = cluster["file_mounts"]
     assert f"--env RAY_AUTH_TOKEN_PATH={path}" in options
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+CLOUD = {"c7i.4xlarge": {"cpus": 16}, "g6.4xlarge": {"cpus": 16, "gpus": 1}}
+"""What Ray finds on an instance, by the cloud's own tables."""
+
+
+def test_programs_are_told_what_the_autoscaler_may_start(cluster):
+    words = shlex.split(" ".join(cluster["docker"]["run_options"]))
+    told = next(word for word in words if word.startswith(autoscaler.VARIABLE)).partition("=")[2]
+    kinds = [kind for name, kind in cluster["available_node_types"].items() if name != "head"]
+    there = [{"nodes": kind["max_workers"], **CLOUD[kind["node_config"]["InstanceType"]]} for kind in kinds]
+    assert json.loads(told) == there
 
 
 def test_its_images_are_ours(cluster):

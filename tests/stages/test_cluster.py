@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
 from data.errors import UserError
-from stages import cluster
+from stages import autoscaler, cluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from command_lines import CHECKOUT
@@ -84,7 +83,7 @@ def test_no_process_of_an_own_cluster_outlives_it_even_one_that_hangs(monkeypatc
 
 
 LISTENING = """
-from stages import cluster
+from stages import autoscaler, cluster
 
 with cluster.cluster("local"):
     import ray
@@ -134,21 +133,59 @@ def _address(words: bytes) -> IPv4Address | IPv6Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-@pytest.mark.slow
-def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
+@pytest.fixture
+def nodes(monkeypatch) -> Iterator[Cluster]:
+    """A head with one CPU."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        with cluster.cluster(nodes.address):
-            assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (1, 0, 1)
-            group = NodeGroupConfig(resources={"CPU": 8, "GPU": 2}, max_count=4)
-            told = ClusterConfig(node_group_configs=[group], max_resources={"CPU": 100, "GPU": 6})
-            ray._private.worker.global_worker.gcs_client.report_cluster_config(told.SerializeToString())
-            assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (32, 6, 1)
-            nodes.add_node(num_cpus=6, num_gpus=2)
-            assert (cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (6, 3)
+        yield made
     finally:
-        nodes.shutdown()
+        made.shutdown()
+
+
+@pytest.mark.slow
+def test_what_an_autoscaler_may_start_counts_as_there(nodes, monkeypatch):
+    with cluster.cluster(nodes.address):
+        assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (1, 0, 1)
+        monkeypatch.setenv(
+            autoscaler.VARIABLE, '[{"nodes": 4, "cpus": 8}, {"nodes": 3, "cpus": 12, "gpus": 2}]'
+        )
+        assert (cluster.num_cpus(), cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (68, 6, 6)
+        assert [cluster.cpus_of_each(workers) for workers in (1, 3, 4, 7, 8, 68)] == [12, 12, 8, 8, 6, 1]
+        nodes.add_node(num_cpus=8, num_gpus=2)
+        assert (cluster.num_gpus(), cluster.cpus_beside_a_gpu()) == (6, 4)
+
+
+@pytest.mark.slow
+def test_a_worker_is_given_no_more_cpus_than_a_node_has(nodes):
+    nodes.add_node(num_cpus=5)
+    with cluster.cluster(nodes.address):
+        assert cluster.num_cpus() == 6
+        assert [cluster.cpus_of_each(workers) for workers in (1, 2, 3, 6, 7)] == [5, 2, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_the_runs_own_starts_no_nodes(monkeypatch):
+    monkeypatch.setenv(autoscaler.VARIABLE, '[{"nodes": 4, "cpus": 800, "gpus": 8}]')
+    with cluster.cluster("local"):
+        assert (cluster.num_cpus(), cluster.num_gpus()) == (os.cpu_count(), 0)
+        assert cluster.cpus_of_each(1) == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("8 nodes", "invalid json"),
+        ('[{"nodes": 0, "cpus": 8}]', "0: nodes: input should be greater than or equal to 1"),
+        ('[{"nodes": 2, "cores": 8}]', "0: cores: extra inputs are not permitted"),
+    ],
+)
+def test_what_is_no_list_of_nodes_is_one_sentence(told, reason, monkeypatch):
+    monkeypatch.setenv(autoscaler.VARIABLE, told)
+    with pytest.raises(UserError) as refused:
+        autoscaler.node_groups()
+    assert str(refused.value).startswith(f"DARKROOM_AUTOSCALER={told}: {reason}")
 
 
 @pytest.fixture

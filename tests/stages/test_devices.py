@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pictures import add_pictures
+
 from data.errors import UserError
+from data.shards import ShardConfig
+from data.sources import SourceConfig, source_digest
 from stages import catalogue, cluster, fanout
 from stages.contract import FanoutConfig, Workspace
+from stages.shard import ShardStageConfig
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +62,36 @@ def test_what_a_user_says_of_gpus_stands():
 def test_an_actor_without_a_gpu_sees_none():
     workspace = Workspace("memory://nowhere", "0123456789ab", catalogue.with_gpus(FanoutConfig()))
     assert seen_by(workspace.without_gpus.fanout) == ""
+
+
+def test_a_stage_that_cuts_shards_leaves_every_gpu_to_others_while_it_works(tmp_path):
+    source = SourceConfig(path=str(add_pictures(tmp_path / "pictures", range(20))))
+    config = ShardStageConfig(
+        source=source,
+        source_digest=source_digest(source),
+        shard=ShardConfig(image_size=32, samples_per_shard=5),
+    )
+    workspace = Workspace(str(tmp_path / "shard"), "0123456789ab", catalogue.with_gpus(FanoutConfig()))
+    with watched() as free:
+        made = catalogue.STAGES["shard"].run(config, {}, workspace)
+    assert made.samples == 20
+    assert min(each.get("CPU", 0) for each in free) < 4, "its actors were seen at work"
+    assert {each.get("GPU", 0.0) for each in free} == {2.0}
+
+
+@contextmanager
+def watched() -> Iterator[list[dict[str, float]]]:
+    """What nobody holds, looked at again and again within the block."""
+    seen, ended = [], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.05):
+            seen.append(ray.available_resources())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        looking.join()

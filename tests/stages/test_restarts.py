@@ -22,7 +22,7 @@ NO_START = ControllerError(RuntimeError("no start"))
 @pytest.fixture
 def policy(tmp_path: Path) -> WhileItAdvances:
     limits = FailureConfig(max_failures=restarts.IN_A_ROW, controller_failure_limit=restarts.IN_A_ROW)
-    return WhileItAdvances(limits, str(tmp_path))
+    return WhileItAdvances(limits, str(tmp_path), {})
 
 
 def _restarted(policy: WhileItAdvances, error: WorkerGroupError = DEATH) -> bool:
@@ -42,7 +42,7 @@ def test_while_checkpoints_advance_deaths_are_not_counted(policy: WhileItAdvance
 
 def test_a_checkpoint_from_before_this_start_is_no_advance(tmp_path: Path) -> None:
     (tmp_path / "LATEST").write_text("step_00000100")
-    policy = WhileItAdvances(FailureConfig(max_failures=1), str(tmp_path))
+    policy = WhileItAdvances(FailureConfig(max_failures=1), str(tmp_path), {})
     assert [_restarted(policy) for _ in range(2)] == [True, False]
 
 

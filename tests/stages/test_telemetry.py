@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from data.errors import StageFailed
-from data.manifest import FileRecord, Ledger, ShardRecord, keys_digest
-from stages import logs, telemetry
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pictures import add_pictures
+
+from data import sources
+from data.errors import CorruptArtifact, StageFailed
+from data.manifest import FileRecord, Ledger, ShardRecord, Snapshot, keys_digest, publish_snapshot
+from data.shards import ShardConfig, write_shard
+from data.sources import SourceConfig
+from stages import logs, spending, telemetry, train
 from stages.contract import FanoutConfig, Workspace
 from stages.fanout import ShardTask, map_shards
+from training.systems.vae import VaeConfig
 
 CHECKOUT = Path(__file__).parents[2]
 PLACE = {"run": "demo-1", "stage": "embed"}
@@ -144,3 +151,32 @@ def test_a_row_of_a_training_is_scraped(scrape):
     assert scrape("darkroom_loss", until=0.25, **place) == 0.25
     assert scrape("darkroom_data_wait", **place) == 0.25
     assert scrape("darkroom_mfu", **place) == 0.4
+
+
+@pytest.fixture
+def cut_short(tmp_path: Path) -> Snapshot:
+    """Shards of six pictures whose archive has lost its end."""
+    rows = sources.list_rows(SourceConfig(path=str(add_pictures(tmp_path / "pictures", range(6)))))
+    folder = str(tmp_path / "shards")
+    record = write_shard(rows, 0, folder, ShardConfig(image_size=16))
+    os.truncate(Path(folder, "00000.tar"), 5000)
+    columns = ("caption", "image")
+    made = Snapshot(
+        stage="shard", version=1, fingerprint="d" * 12, config={}, columns=columns, shards=(record,)
+    )
+    return publish_snapshot(folder, made)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("endpoint")
+def test_a_training_that_failed_is_scraped_with_its_reason_and_what_it_spent(scrape, cut_short, tmp_path):
+    config = VaeConfig(block_out_channels=(8, 8), norm_num_groups=4, max_steps=4, batch_size=4, num_workers=1)
+    place = {"run": "demo-1", "stage": "vae"}
+    folder = str(tmp_path / "vae")
+    with logs.at(**place), pytest.raises(CorruptArtifact, match=r"00000\.tar, byte"):
+        train.run("vae", config, {"data": cut_short}, Workspace(folder, "f" * 12))
+    assert scrape("darkroom_failed_attempts_total", until=1, reason="CorruptArtifact", **place) == 1
+    seconds = scrape("darkroom_device_seconds_total", device="cpu", **place)
+    assert seconds is not None and seconds > 0
+    assert spending.spent(folder, "f" * 12)["cpu"] > 0
