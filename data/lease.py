@@ -27,6 +27,7 @@ class Owner(Config):
     """Who holds a lease."""
 
     token: str
+    """Of one holding; begins with the holder's name, where it gave one."""
     host: str
     pid: int
     born: str
@@ -34,22 +35,31 @@ class Owner(Config):
     beat: float
     """Unix time of the last heartbeat."""
 
+    @property
+    def name(self) -> str:
+        """What the holder is called; empty where it did not say."""
+        return self.token.rpartition(" ")[0]
+
 
 @contextmanager
 def lease(
-    folder: str, *, waiting: Callable[[Owner], None] = lambda _: None, patience: float = math.inf
+    folder: str,
+    *,
+    name: str = "",
+    waiting: Callable[[Owner], None] = lambda _: None,
+    patience: float = math.inf,
 ) -> Iterator[None]:
     """Holds the only lease on the artifact `folder` for the length of the block; waits while another live owner has it.
 
-    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. An
-    owner whose process has ended on this machine, or whose heartbeat is older than a minute, is succeeded: machines that
+    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. Others
+    are told `name`. An owner whose process has ended on this machine, or whose heartbeat is older than a minute, is succeeded: machines that
     share a store agree on the time to well within that. On a disk and in S3; stores of other kinds have no lease, the block
     runs at once.
     """
     if not conditional.is_supported(folder):
         yield
         return
-    url, token = _place(folder), secrets.token_hex(8)
+    url, token = _place(folder), f"{name} {secrets.token_hex(8)}".lstrip()
     _acquire(url, token, waiting, patience)
     stopped = threading.Event()
     beating = threading.Thread(target=_beat, args=(url, token, stopped), daemon=True, name="darkroom-lease")

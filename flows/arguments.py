@@ -279,6 +279,11 @@ def _deployment_options(sub: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="the deployments (default: infra/prefect/prefect.yaml of this checkout)",
     )
+    sub.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove deployments tagged `darkroom` that are not in the file; without it they are told",
+    )
     _root(sub)
     _address(sub)
 

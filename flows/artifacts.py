@@ -23,7 +23,7 @@ from data.manifest import Snapshot, load_snapshot
 from flows import runs
 from flows.comparing import measured_of
 from flows.plan import Plan
-from flows.promoting import Move
+from flows.pointers import Move
 from stages.pictures import png
 from stages.prompts import read_prompts
 from training.metrics.comparison import Measured

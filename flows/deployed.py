@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.input import RunInput
 from prefect.logging.loggers import flow_run_logger
-from prefect.states import Completed, Failed
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelled, Completed, Failed
 from pydantic import Field
+from rich.console import Console
 
+from data import storage
 from data.errors import DarkroomError, UserError
+from data.lease import Owner, lease
 from data.urls import redacted, refuse_credentials
-from flows import artifacts, keeping, places, promoting, refreshing, runs
+from flows import artifacts, embedded_prefect, keeping, places, pointers, promoting, refreshing, runs
 from flows.parameters import (
     CollectParameters,
     PrepareParameters,
@@ -40,6 +45,10 @@ TAG = "darkroom"
 """What the automation for lost processes looks for, also on the flow run within the flow run."""
 
 
+class UnderWay(DarkroomError):
+    """Another flow run works on the very run that this one would make."""
+
+
 class Approval(RunInput):
     """What a person is asked before production moves."""
 
@@ -55,6 +64,11 @@ class _FlowLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._run_log.log(record.levelno, redacted(record.getMessage()))
+
+
+def _fall_silent(self: Console) -> None:
+    """In place of what rich does where nobody reads: exit. A run whose worker was killed goes on; the server has its log."""
+    self.quiet = True
 
 
 def _say_what_resumes(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
@@ -119,11 +133,15 @@ def gc(run: CollectParameters) -> State[Any]:
 def _ended(asked: StoreParameters, work: Callable[[], str]) -> State[Any]:
     """The state of a run that did `work`, which returns what came of it; an error that says what to do is its message."""
     os.environ.setdefault("DARKROOM_STOPPING_SECONDS", f"{CANCELLING_SECONDS:g}")
+    if embedded_prefect.is_within_flow_run():
+        Console.on_broken_pipe = _fall_silent
     try:
         log = logs.set_up()
         log.handlers[:] = [*(log.handlers if logs.is_json() else []), _FlowLog()]  # which Prefect prints
         refuse_credentials("", asked.model_dump())
         return Completed(message=work())
+    except (UnderWay, keeping.Busy) as error:
+        return Cancelled(message=redacted(str(error)))
     except (DarkroomError, FloatingPointError) as error:
         return Failed(message=redacted(str(error)))
 
@@ -133,17 +151,33 @@ def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:
     names = [stage.name for stage in plan.stages]
     names = names[: names.index(until) + 1] if until else names
     places.make_folder(plan.root)
-    artifacts.publish_plan(plan)
-    if any(stage.name in names for stage in plan.pending):
-        reach(address)
-    try:
-        with tags(TAG):
-            record = runs.carry_out(plan, names=names, address=address, verbose=False)
-    except Exception:
+    with _alone(plan):
+        artifacts.publish_plan(plan)
+        if any(stage.name in names for stage in plan.pending):
+            reach(address)
+        try:
+            with tags(TAG):
+                record = runs.carry_out(plan, names=names, address=address, verbose=False)
+        except Exception:
+            artifacts.publish_outcome(plan)
+            raise
         artifacts.publish_outcome(plan)
-        raise
-    artifacts.publish_outcome(plan)
     return f"{plan.run}: {_told(record['stages'])}"
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Holds the lease on the run `plan.run`, whichever deployment asks for it. Raises UnderWay where another flow run has it."""
+
+    def give_way(owner: Owner) -> None:
+        raise UnderWay(
+            f"{plan.run} under {plan.root} is being made by flow run {owner.name} (process {owner.pid} on {owner.host}): "
+            "start this one again when that one has ended"
+        )
+
+    own = f"{this_run.flow_name}/{this_run.name}"
+    with lease(storage.join(plan.root, plan.run), name=own, waiting=give_way):
+        yield
 
 
 def _refreshed(run: RefreshParameters) -> str:
@@ -158,7 +192,7 @@ def _refreshed(run: RefreshParameters) -> str:
     if run.approval and not _approved(plan, reason, run.approval_hours):
         return f"{told}; not promoted, though it might be ({reason}): a person declined"
     move = promoting.promote(plan.root, plan.run, force=False, against=against)
-    artifacts.publish_moves(plan, promoting.history(plan.root))
+    artifacts.publish_moves(plan, pointers.history(plan.root))
     return f"{told}; production is {move.run}: {move.reason}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,9 +13,11 @@ from uuid import uuid4
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentCreate, DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.client.schemas.sorting import DeploymentSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import MissingFlowError, ObjectNotFound, PrefectHTTPStatusError, ScriptError
@@ -31,6 +33,8 @@ from data.errors import UserError
 from flows.deployed import TAG
 
 FILE = Path(__file__).parents[1] / "infra" / "prefect" / "prefect.yaml"
+PAGE = 200
+"""As many as a server gives at once."""
 ZOMBIES = "darkroom: a run whose process has gone is crashed"
 HEARTBEAT_SECONDS = 30
 """The least that Prefect allows; `prefect.yaml` gives it to every run."""
@@ -46,23 +50,45 @@ class Applied:
     kind: str
     name: str
     change: str
-    """created, changed, or unchanged."""
+    """created, changed, unchanged, not in the file, or removed."""
     details: tuple[str, ...] = ()
     """What of it changed."""
 
 
-def deploy(file: Path, fill: Mapping[str, str]) -> list[Applied]:
+def deploy(file: Path, fill: Mapping[str, str], *, prune: bool = False) -> list[Applied]:
     """Makes the server at PREFECT_API_URL hold what `file` says, and returns what that took; the second time, nothing.
 
-    `fill` goes into every `run` that leaves its keys out and whose flow takes them. Raises UserError for a file that cannot be
-    applied, and where no server answers.
+    `fill` goes into every `run` that leaves its keys out and whose flow takes them. Deployments with our tag that are not in
+    the file are told, and removed where `prune` says so. Raises UserError for a file that cannot be applied, and where no
+    server answers.
     """
     wanted = [_read(entry, fill) for entry in _entries(file)]
     with server() as client:
         pools = sorted({each["work_pool_name"] for _, each in wanted})
         done = [_apply_pool(client, name) for name in pools]
         done.append(_apply_automation(client))
-        return done + [_apply(client, flow, each) for flow, each in wanted]
+        done += [_apply(client, flow, each) for flow, each in wanted]
+        return done + _left_over(client, {f"{flow.name}/{each['name']}" for flow, each in wanted}, prune)
+
+
+def _left_over(client: SyncPrefectClient, kept: Collection[str], prune: bool) -> list[Applied]:
+    """The deployments that carry our tag and are not `kept`, gone where `prune` says so."""
+    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    found = {f"{client.read_flow(each.flow_id).name}/{each.name}": each for each in _all(client, ours)}
+    left = sorted(found.keys() - kept)
+    for name in left if prune else ():
+        client.delete_deployment(found[name].id)
+    return [Applied("deployment", name, "removed" if prune else "not in the file") for name in left]
+
+
+def _all(client: SyncPrefectClient, chosen: DeploymentFilter) -> Iterator[DeploymentResponse]:
+    """Page by page, as the server gives them."""
+    offset = 0
+    while page := client.read_deployments(
+        deployment_filter=chosen, sort=DeploymentSort.NAME_ASC, limit=PAGE, offset=offset
+    ):
+        yield from page
+        offset += len(page)
 
 
 @contextmanager

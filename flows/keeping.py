@@ -13,11 +13,15 @@ from data import storage
 from data.errors import CorruptArtifact, LeaseHeld, UserError
 from data.lease import Owner, is_alive, lease
 from data.stored import STORE, Name, Stored, name_of, needed, remove, stored
-from flows import runs
+from flows import pointers, runs
 from training.metrics.gates import Against, parsed
 from training.metrics.tradeoff import Sweep
 
 PINNED = "pinned"
+
+
+class Busy(UserError):
+    """Somebody works under the root, so that nothing there may go."""
 
 
 class Stage(BaseModel):
@@ -70,7 +74,7 @@ def status(root: str) -> dict[str, Any]:
     wanted = {run.name: needed(artifacts, run.artifacts) for run in known}
     return {
         "root": root,
-        "pointers": runs.pointed(root),
+        "pointers": pointers.pointed(root),
         "runs": [
             {"run": r.name, "state": r.state, "finished": r.finished, "pinned": r.pinned} for r in known
         ],
@@ -89,7 +93,7 @@ def collect(
 
     With `keep_runs`, the records of all but that many of the newest runs go first; those that a pointer or a gate of a kept
     run names, pinned, running and stopped ones stay. `forget` names runs that go whatever their age. What lies behind a link
-    is never removed. Raises UserError, having removed nothing, while somebody builds an artifact under `root`.
+    is never removed. Raises Busy, having removed nothing, while somebody builds an artifact under `root`.
     """
     if dry_run or not storage.exists(root):
         return _collected(root, keep_runs, forget, older_than, dry_run=True) | {"dry_run": dry_run}
@@ -201,7 +205,7 @@ def _unreadable(path: str) -> CorruptArtifact:
 def _refuse_busy(known: Sequence[Run], artifacts: Sequence[Stored]) -> None:
     for artifact in artifacts:
         if artifact.builder:
-            raise UserError(
+            raise Busy(
                 f"process {artifact.builder.pid} on {artifact.builder.host} is building {artifact.folder}: nothing was removed; "
                 "wait for it, or end it"
             )
@@ -211,11 +215,11 @@ def _refuse_busy(known: Sequence[Run], artifacts: Sequence[Stored]) -> None:
                 f"removed; run `darkroom verify --repair {artifact.folder}`, or remove it"
             )
     if running := [run.name for run in known if run.state == "running"]:
-        raise UserError(f"run {', '.join(running)} is running: nothing was removed; wait for it, or end it")
+        raise Busy(f"run {', '.join(running)} is running: nothing was removed; wait for it, or end it")
 
 
 def _dropped(root: str, known: Sequence[Run], keep_runs: int | None, forget: Collection[str]) -> list[Run]:
-    serving = {*runs.pointed(root).values(), *runs.served_before(root)}
+    serving = {*pointers.pointed(root).values(), *pointers.served_before(root)}
     forget = {runs.named(root, name) for name in forget}
     if needed_by := forget & serving:
         raise UserError(f"--forget {', '.join(sorted(needed_by))}: latest, production or a rollback needs it")

@@ -5,47 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
-from data import storage
-from data.config import Config
-from data.errors import CorruptArtifact, GateFailed, UserError
-from flows import runs
+from data.errors import GateFailed, UserError
+from flows import pointers, runs
 from flows.comparing import measured_of
+from flows.pointers import Move, history
 from training.metrics.comparison import Measured
 from training.metrics.gates import judge, parsed
 
 Scores = Mapping[str, Mapping[str, Measured]]
 """Run -> its scores."""
-
-
-class Move(Config):
-    """One change of the pointer."""
-
-    run: str
-    at: str
-    """UTC, ISO 8601."""
-    replaced: str | None
-    """What served before it: where a rollback goes."""
-    reason: str
-    is_rollback: bool = False
-
-
-class Pointer(Config):
-    """Every change, the oldest first; the last one names the run that serves."""
-
-    moves: tuple[Move, ...]
-
-
-def history(root: str) -> tuple[Move, ...]:
-    """The moves of `production` under `root`; empty where nothing was promoted."""
-    path = storage.join(root, runs.PRODUCTION)
-    try:
-        return Pointer.model_validate_json(storage.read_bytes(path)).moves
-    except FileNotFoundError:
-        return ()
-    except ValidationError as error:
-        raise CorruptArtifact(f"{path} cannot be read: remove it and promote a run again") from error
 
 
 def promote(root: str, name: str, *, force: bool, against: Scores | None = None) -> Move:
@@ -55,14 +23,13 @@ def promote(root: str, name: str, *, force: bool, against: Scores | None = None)
     staying where it is, when the run is worse or nothing compares; UserError for a run without scores, or one whose own gates
     failed.
     """
-    run = _promotable(root, name)
-    with runs.keeping(root):
-        moves = history(root)
+    with runs.keeping(root):  # before the run is looked up: whoever keeps the root now may forget it
+        run, moves = _promotable(root, name), history(root)
         holder = moves[-1].run if moves else None
         if holder == run:
             return moves[-1]
         reason = "forced" if force else _reason(root, run, holder, against or {})
-        return _moved(root, moves, Move(run=run, at=_now(), replaced=holder, reason=reason))
+        return pointers.move(root, moves, Move(run=run, at=_now(), replaced=holder, reason=reason))
 
 
 def judged(root: str, name: str, *, against: Scores | None = None) -> str:
@@ -86,7 +53,8 @@ def _reason(root: str, run: str, holder: str | None, against: Scores) -> str:
     verdict = judge(parsed(f"not worse than {holder}"), measured_of(root, run), {holder: baseline})
     if not verdict.held:
         raise GateFailed(
-            f"{run} is not promoted: {verdict.gate}: {verdict.reason}; --force promotes it all the same"
+            f"{run} is not promoted: {verdict.gate}: {verdict.reason}; "
+            f"`darkroom promote {run} --force` promotes it all the same"
         )
     return f"{verdict.gate}: {verdict.reason}"
 
@@ -104,7 +72,7 @@ def rollback(root: str) -> Move:
         runs.find(root, earlier)
         replaced, reason = before[-1] if before else None, f"rolled back from {present}"
         back = Move(run=earlier, at=_now(), replaced=replaced, reason=reason, is_rollback=True)
-        return _moved(root, moves, back)
+        return pointers.move(root, moves, back)
 
 
 def _served(moves: tuple[Move, ...]) -> list[str]:
@@ -116,13 +84,6 @@ def _served(moves: tuple[Move, ...]) -> list[str]:
         else:
             served.append(move.run)
     return served
-
-
-def _moved(root: str, moves: tuple[Move, ...], move: Move) -> Move:
-    pointer = Pointer(moves=(*moves, move))
-    path = storage.join(root, runs.PRODUCTION)
-    storage.write_bytes(path, (pointer.model_dump_json(indent=1) + "\n").encode())
-    return move
 
 
 def _now() -> str:

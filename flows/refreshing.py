@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data.errors import UserError
 from data.manifest import load_snapshot
 from data.stored import name_of
-from flows import assignments, places, recipes, runs
+from flows import assignments, places, pointers, recipes, runs
 from flows.comparing import measured_in, measured_of
 from flows.parameters import RefreshParameters, assigned
 from flows.plan import Plan
@@ -40,7 +40,7 @@ def refresh_of(run: RefreshParameters) -> Refresh:
     its prior and denoiser goes on from its weights. Raises UserError where the holder is of another recipe or has lost a part.
     """
     root = places.checked_root(run.root)
-    holder = runs.pointed(root).get("production")
+    holder = pointers.pointed(root).get("production")
     if holder is None:
         return Refresh(run.plan(), None, {}, is_news=True)
     earlier = _parts(root, holder, run)

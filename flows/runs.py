@@ -16,7 +16,7 @@ from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from data.lease import Owner, lease, this_process
 from data.manifest import load_snapshot
-from flows import console, embedded_prefect, pins, weights
+from flows import console, embedded_prefect, pins, pointers, weights
 from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
 from stages import logs
@@ -28,8 +28,6 @@ from training.metrics.scores import Score
 from training.metrics.tradeoff import Sweep
 
 RECORD = "run.json"
-PRODUCTION = "production.json"
-"""The moves of the pointer `production`."""
 KEEPING = ".keeping"
 """Whose lease they hold who forget runs or move the pointer."""
 PATIENCE_SECONDS = 600.0
@@ -63,7 +61,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
     record = {"run": plan.run, "root": plan.root, "stages": stages, **_outcome(plan)}
     if pending or not storage.exists(storage.join(plan.root, plan.run, RECORD)):
         _keep(plan, record, time.monotonic() - started)
-    storage.write_bytes(storage.join(plan.root, "latest"), plan.run.encode())
+    storage.write_bytes(storage.join(plan.root, pointers.LATEST), plan.run.encode())
     storage.remove(storage.join(plan.root, plan.run, STARTED))
     return record
 
@@ -94,7 +92,7 @@ def _refused(plan: Plan, wanted: Sequence[PlannedStage], error: GateFailed, seco
 def find(root: str, name: str) -> dict[str, Any]:
     """The record of the run `name`, or of the one that `latest` or `production` points to; raises UserError naming the runs
     that there are."""
-    name = pointed(root).get(name, name)
+    name = pointers.pointed(root).get(name, name)
     runs_here = storage.list_folders(root)
     path = storage.join(root, name, RECORD) if name in runs_here else None
     if path is None or not storage.exists(path):
@@ -125,18 +123,11 @@ def finished(root: str) -> dict[str, dict[str, Any]]:
 
 def named(root: str, name: str) -> str:
     """The folder of the run `name`, finished or not, or of the one that a pointer names; raises UserError when there is none."""
-    name = pointed(root).get(name, name)
+    name = pointers.pointed(root).get(name, name)
     if name in storage.list_folders(root) and storage.exists(storage.join(root, name, STARTED)):
         return name
     find(root, name)
     return name
-
-
-def served_before(root: str) -> set[str]:
-    """The run that a rollback would go back to."""
-    path = storage.join(root, PRODUCTION)
-    moves = json.loads(storage.read_bytes(path))["moves"] if storage.exists(path) else []
-    return {move.get("replaced") for move in moves[-1:]} - {None}
 
 
 @contextmanager
@@ -148,23 +139,6 @@ def keeping(root: str) -> Iterator[None]:
 
     with lease(storage.join(root, KEEPING), waiting=say, patience=PATIENCE_SECONDS):
         yield
-
-
-def pointed(root: str) -> dict[str, str]:
-    """Pointer -> the run that it names, of `latest` and `production`, as far as they are there."""
-    found = {}
-    try:
-        found["latest"] = storage.read_bytes(storage.join(root, "latest")).decode().strip()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        raise CorruptArtifact(f"{storage.join(root, 'latest')} cannot be read: remove it") from error
-    if storage.exists(path := storage.join(root, PRODUCTION)):
-        try:
-            found["production"] = json.loads(storage.read_bytes(path))["moves"][-1]["run"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CorruptArtifact(f"{path} cannot be read: remove it and promote a run again") from error
-    return found
 
 
 def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:

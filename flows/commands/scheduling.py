@@ -91,7 +91,7 @@ def _deployed(arguments: argparse.Namespace) -> list[Any]:
 
     file = Path(arguments.file) if arguments.file else deploying.FILE
     fill = {"root": places.checked_root(arguments.root), "address": arguments.address}
-    return deploying.deploy(file, fill)
+    return deploying.deploy(file, fill, prune=arguments.prune)
 
 
 def _tell(applied: list[Any], *, json: bool) -> None:
@@ -103,5 +103,8 @@ def _tell(applied: list[Any], *, json: bool) -> None:
         for each in applied
     ]
     console.out.print(console.plain_table(["", "on the server", "change"], rows, "left"))
-    if all(each.change == "unchanged" for each in applied):
+    changes = {each.change for each in applied}
+    if changes <= {"unchanged", "not in the file"}:
         console.out.print("nothing to do: the server holds all of it")
+    if "not in the file" in changes:
+        console.out.print("--prune removes what is not in the file")

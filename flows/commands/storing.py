@@ -8,7 +8,7 @@ from data.errors import CorruptArtifact, UserError
 from data.indexes import write_index
 from data.verify import verify as verified
 from flows import console, keeping, places, promoting
-from flows.promoting import Move
+from flows.pointers import Move
 
 
 def verify(arguments: argparse.Namespace) -> int:

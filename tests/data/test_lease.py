@@ -101,6 +101,13 @@ def test_a_lease_is_held_inside_the_block_and_gone_after_it(folder: str) -> None
     assert _owner(folder) is None
 
 
+def test_who_holds_a_lease_may_say_its_name(folder: str) -> None:
+    for name in ("", "gc/agile fox"):
+        with lease(folder, name=name):
+            held = leases.holder(folder)
+            assert held and held.name == name and held.token != name
+
+
 def test_a_second_process_waits_for_a_live_owner_and_is_told_once(folder: str) -> None:
     told: list[Owner] = []
     with ExitStack() as stack:

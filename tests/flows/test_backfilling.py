@@ -13,6 +13,7 @@ import untrained
 from pictures import add_pictures
 
 from flows import cli, runs
+from flows.planning import prepare_plan
 
 
 @pytest.fixture
@@ -54,6 +55,49 @@ def test_a_partition_that_fails_is_said_and_the_next_one_is_made(days, capsys):
     states = backfilled(days, capsys, code=1)
     assert [p["state"] for p in states] == ["failed", "missing", "ran"]
     assert states[0]["reason"].endswith("can be used: 4 not_an_image")
+
+
+@pytest.mark.slow
+def test_a_recipe_that_trains_makes_one_system_per_date_and_makes_none_twice(days, capsys):
+    for day, numbers in (("2026-03-01", range(60)), ("2026-03-03", range(60, 120))):
+        add_pictures(days / day, numbers)
+    root = str(days.parent / "runs")
+    line = [
+        "backfill",
+        "demo",
+        f"--data={days}",
+        "--since=2026-03-01",
+        "--until=2026-03-03",
+        f"--root={root}",
+        "--json",
+    ]
+    line += [f"--set={path}={value}" for path, value in untrained.SETTINGS.items() if path != "source.count"]
+    assert cli.main(line) == 0
+    first, missing, last = json.loads(capsys.readouterr().out)["partitions"]
+    assert [each["state"] for each in (first, missing, last)] == ["ran", "missing", "ran"]
+    assert first["run"] != last["run"] == runs.find(root, "latest")["run"]
+    for each in (first, last):
+        made = runs.find(root, each["run"])
+        assert made["recipe"]["source"]["path"] == each["source"]
+        assert "fd_clip" in made["metrics"] and Path(made["report"]).is_file()
+    assert cli.main(line) == 0
+    again = json.loads(capsys.readouterr().out)["partitions"]
+    assert [each["state"] for each in again] == ["cached", "missing", "cached"]
+
+
+def test_the_folder_of_all_dates_is_one_source_into_which_later_ones_grow(days):
+    def plan():
+        return prepare_plan(
+            str(days),
+            assignments=["shard.image_size=32"],
+            root=str(days.parent / "runs"),
+            retry_failed=False,
+        )
+
+    assert untrained.make(plan(), plan().stages[0]).samples == 9
+    add_pictures(days / "2026-03-02", range(9, 12))
+    (stage,) = plan().stages
+    assert stage.reason == "3 new rows in 1 new shard"
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ FROZEN = {
     "pin": (["run"], {"--off", "--root"}),
     "promote": (["run"], {"--force", "--root"}),
     "rollback": ([], {"--root"}),
-    "deploy": ([], {"--file", "--root", "--address", "--json"}),
-    "serve": ([], {"--file", "--root", "--address", "--port", "--home"}),
+    "deploy": ([], {"--file", "--prune", "--root", "--address", "--json"}),
+    "serve": ([], {"--file", "--prune", "--root", "--address", "--port", "--home"}),
     "backfill": (
         ["recipe"],
         COMMON | {"--data", "--since", "--until", "--dry-run", "--address", "--retry-failed"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -10,17 +11,32 @@ from pathlib import Path
 
 import pytest
 from prefect import flow
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from data.errors import UserError
-from flows import deployed, serving
-from flows.deploying import FILE
+from data.lease import holder, lease
+from flows import cli, deployed, serving
+from flows.deploying import FILE, Applied
 from flows.deploying import deploy as apply
+from flows.parameters import PrepareParameters
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pictures import add_pictures
-from prefect_server import artifacts, deploy, ended, entry, eventually, free_port, log, prefect_server, start
+from prefect_server import (
+    artifacts,
+    deploy,
+    ended,
+    entry,
+    eventually,
+    free_port,
+    log,
+    prefect_server,
+    runs_of,
+    start,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("server")]
 
@@ -35,6 +51,12 @@ def server(tmp_path_factory):
             yield url, home
 
 
+def told(applied: list[Applied], name: str) -> Applied:
+    """What was done about `name`."""
+    (found,) = [each for each in applied if each.name == name]
+    return found
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """A folder of 12 captioned pictures."""
@@ -47,14 +69,40 @@ def test_deploying_again_changes_nothing_and_a_change_is_told(tmp_path):
     weekly = {"slug": "weekly", "interval": 604800}
     monthly = {"slug": "monthly", "rrule": "FREQ=MONTHLY;BYDAY=1SA"}
     first = deploy(tmp_path, entry("pipeline", "twice", run, cron, weekly, monthly))
-    assert [each.change for each in first if each.kind == "deployment"] == ["created"]
+    assert told(first, "pipeline/twice").change == "created"
     again = deploy(tmp_path, entry("pipeline", "twice", run, cron, weekly, monthly))
-    assert {each.change for each in again} == {"unchanged"}
-    changed = deploy(
-        tmp_path, entry("pipeline", "twice", run | {"root": "/b"}, cron | {"cron": "0 3 * * *"}, weekly)
+    assert told(again, "pipeline/twice").change == "unchanged"
+    assert {each.change for each in again} == {"unchanged", "not in the file"}
+    changed = told(
+        deploy(
+            tmp_path, entry("pipeline", "twice", run | {"root": "/b"}, cron | {"cron": "0 3 * * *"}, weekly)
+        ),
+        "pipeline/twice",
     )
-    assert changed[-1].change == "changed"
-    assert changed[-1].details == ("parameters", "schedule monthly", "schedule nightly")
+    assert changed.change == "changed"
+    assert changed.details == ("parameters", "schedule monthly", "schedule nightly")
+
+
+def test_a_deployment_that_left_the_file_is_told_and_goes_when_it_is_asked_to(tmp_path, capsys):
+    seldom = {"slug": "seldom", "interval": 30 * 86400, "active": True}
+    theirs = entry("gc", "theirs", {"root": "/a"}) | {"tags": ["of another team"]}
+    deploy(tmp_path, entry("gc", "left", {"root": "/a"}, seldom), theirs)
+    planned = eventually(lambda: runs_of("gc/left"), 60)
+    line = ["deploy", "--root=/nowhere"]
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"gc/left +not in the file", said) and "--prune removes what is not in the file" in said
+    assert cli.main([*line, "--prune"]) == 0
+    assert re.search(r"gc/left +removed", capsys.readouterr().out)
+    assert cli.main([*line, "--prune"]) == 0
+    assert capsys.readouterr().out.endswith("nothing to do: the server holds all of it\n")
+    with pytest.raises(ObjectNotFound):
+        runs_of("gc/left")
+    chosen = FlowRunFilter.model_validate({"id": {"any_": [run.id for run in planned]}})
+    with get_client(sync_client=True) as client:
+        left = client.read_flow_runs(flow_run_filter=chosen, limit=200, sort="NAME_ASC")
+    assert left == [], "what its schedule had planned"
+    assert runs_of("gc/theirs") == []
 
 
 @pytest.mark.parametrize(
@@ -110,6 +158,27 @@ def test_lines_for_programs_name_run_stage_and_shard_in_the_workers_log(server, 
     assert (line["run"], line["stage"], line["shard"], line["level"]) == (name, "shard", 0, "debug")
     assert line["message"].startswith("done, 12 samples in ")
     assert not any("done, 12 samples" in said for said in log(run)), "people are told what they need alone"
+
+
+def test_of_two_deployments_that_would_make_the_same_run_the_later_gives_way(pictures, tmp_path):
+    root = str(tmp_path / "runs")
+    run = {"data": str(pictures), "root": root, "settings": {"shard.image_size": 32}}
+    deploy(tmp_path, *(entry("prepare", name, run) for name in ("nightly", "by-hand")))
+    plan = PrepareParameters.model_validate(run).plan()
+    with lease(plan.stages[0].folder):  # what the first one waits for, for as long as this test likes
+        first = start("prepare/nightly")
+        owner = eventually(lambda: holder(f"{root}/{plan.run}"))
+        later = ended(start("prepare/by-hand"))
+        collected = ended(start("gc/darkroom", {"root": root}))
+    assert later.name == "Cancelled"
+    assert later.message == (
+        f"{plan.run} under {root} is being made by flow run prepare/{first.name} (process {owner.pid} on {owner.host}): "
+        "start this one again when that one has ended"
+    )
+    assert collected.name == "Cancelled" and "nothing was removed; wait for it" in collected.message
+    assert ended(first).name == "Completed"
+    again = ended(start("prepare/by-hand"))
+    assert again.message == f"{plan.run}: nothing to do, every stage is cached"
 
 
 def test_what_cannot_be_done_is_one_sentence_of_the_run(tmp_path):

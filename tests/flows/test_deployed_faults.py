@@ -167,6 +167,24 @@ def test_a_run_whose_process_is_killed_is_crashed_and_the_next_one_resumes(
     killed_and_resumed(home, server, deployment, tmp_path / "runs")
 
 
+def test_a_run_that_lost_its_worker_alone_goes_on_to_its_end_and_is_not_begun_again(
+    server, home, deployment, tmp_path
+):
+    root = tmp_path / "runs"
+    with serving.worker(home, server, "darkroom") as worker:
+        run = start(deployment)
+        done, process = begun(root), process_of(worker.pid)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        with serving.worker(home, server, "darkroom"):
+            state = ended(run)
+            assert state.name == "Completed", state.message
+            with get_client(sync_client=True) as client:
+                assert client.read_flow_run(run.id).run_count == 1
+            eventually(lambda: not Path(f"/proc/{process}").exists(), 60)
+            resumed(deployment, root, done)
+
+
 def test_a_run_that_lost_its_process_and_its_worker_is_crashed_by_the_automation(
     server, home, deployment, tmp_path
 ):

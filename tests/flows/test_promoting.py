@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from command_lines import CHECKOUT, environment
 
-from data.errors import CorruptArtifact, GateFailed, UserError
+from data.errors import GateFailed, UserError
 from flows import cli, keeping, runs
-from flows.promoting import history, promote, rollback
+from flows.pointers import history
+from flows.promoting import promote, rollback
 from training.metrics.comparison import Measured
 from training.metrics.intervals import Estimate
 from training.metrics.protocol import Protocol
@@ -112,7 +117,90 @@ def test_the_run_that_serves_outlives_every_gc(tmp_path, capsys):
     assert "production is a since" in capsys.readouterr().out
 
 
-def test_a_pointer_that_cannot_be_read_says_what_to_do(tmp_path):
-    (tmp_path / "production.json").write_text("{")
-    with pytest.raises(CorruptArtifact, match="remove it and promote a run again"):
+MOVE = '{"run": "a", "at": "", "replaced": null, "reason": ""}'
+TORN = f'{{"moves": [{MOVE}, {{"run": "b", "at": "2026-01-0'
+GOES_BACK_TO_NOTHING = f'{{"moves": [{MOVE}, {MOVE[:-1]}, "is_rollback": true}}]}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", "{}", "\0" * 64, '{"moves": []}', '{"moves": [3]}', '{"moves": [{"run": "a"}]}', TORN,
+        GOES_BACK_TO_NOTHING, '{"moves": ' + "[" * 100_000, f'{{"moves": [{MOVE}], "command": "rm"}}', None,
+    ],
+)  # fmt: skip
+def test_a_pointer_that_cannot_be_read_is_one_sentence_and_is_left_as_it_is(tmp_path, content, capsys):
+    run, place = finished(tmp_path, "a", 0.3), tmp_path / "production.json"
+    if content is None:
+        place.mkdir()
+    else:
+        place.write_text(content)
+    for line in (
+        ["promote", run],
+        ["promote", run, "--force"],
+        ["rollback"],
+        ["status"],
+        ["gc", "--keep-runs=1"],
+    ):
+        assert cli.main([*line, f"--root={tmp_path}"]) == 1
+        said = capsys.readouterr().err
+        assert said == f"darkroom: {place} cannot be read: remove it and promote a run again\n"
+    if content is not None:
+        assert place.read_text() == content
+        place.unlink()
+        assert cli.main(["promote", run, f"--root={tmp_path}"]) == 0
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "gone", "a\nb"])
+def test_a_pointer_to_what_is_no_run_here_leads_nowhere(tmp_path, name):
+    run = finished(tmp_path, "a", 0.3)
+    move = json.loads(MOVE) | {"run": name}
+    (tmp_path / "production.json").write_text(json.dumps({"moves": [move]}))
+    with pytest.raises(UserError, match="there is no run"):
         runs.find(str(tmp_path), "production")
+    with pytest.raises(UserError, match="there is no run"):
+        promote(str(tmp_path), run, force=False)
+    assert cli.main(["gc", f"--root={tmp_path}", "--keep-runs=1", "--older-than=0s"]) == 0
+    assert promote(str(tmp_path), run, force=True).replaced == name
+    assert runs.find(str(tmp_path), "production")["run"] == run
+
+
+def test_a_run_that_gc_forgets_meanwhile_is_not_promoted(tmp_path, monkeypatch, caplog):
+    root, forgetting = str(tmp_path), keeping._forget
+    oldest, *_ = [finished(tmp_path, run, 0.3) for run in "abc"]
+    with ThreadPoolExecutor(1) as beside:
+        promotion: list[Future] = []
+
+        def forget(folder: str) -> None:
+            promotion.append(beside.submit(promote, root, oldest, force=False))
+            while "waiting for process" not in caplog.text and not promotion[0].done():
+                time.sleep(0.02)
+            forgetting(folder)
+
+        monkeypatch.setattr(keeping, "_forget", forget)
+        gone = keeping.collect(root, keep_runs=2, forget=(), older_than=60.0, dry_run=False)
+    assert gone["runs"] == [oldest]
+    with pytest.raises(UserError, match="there is no run 'a'"):
+        promotion[0].result()
+    assert history(root) == ()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_promotions_at_once_follow_each_other(tmp_path):
+    for run in "ab":
+        finished(tmp_path, run, 0.3)
+    with runs.keeping(str(tmp_path)):
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "promote", run, f"--root={tmp_path}"],
+                cwd=CHECKOUT, env=environment(), stderr=subprocess.PIPE, text=True,
+            )
+            for run in "ab"
+        ]  # fmt: skip
+        for process in both:
+            assert process.stderr and any("waiting for process" in line for line in process.stderr)
+    told = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    first, second = history(str(tmp_path))
+    assert {first.run, second.run} == {"a", "b"} and (first.replaced, second.replaced) == (None, first.run)
