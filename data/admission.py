@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from data import jpegs
 from data.errors import SampleError
 from data.image_rules import ImageRules
 
@@ -74,12 +75,23 @@ class Header:
     animated: bool
 
 
-def open_admitted(payload: bytes, rules: ImageRules) -> tuple[ImageFile.ImageFile, Header]:
-    """The picture, not yet decoded, and its header. Raises SampleError as `data.images.admit` says."""
+def open_admitted(payload: bytes, rules: ImageRules) -> tuple[ImageFile.ImageFile | None, Header]:
+    """The picture, not yet decoded, and its header; None for a JPEG that needs no Pillow (`jpegs.bare_header`).
+
+    Raises SampleError as `data.images.admit` says.
+    """
     if len(payload) > rules.max_bytes:
         raise SampleError("too_many_bytes", f"the file is larger than {rules.max_bytes} bytes")
+    if bare := jpegs.bare_header(payload):
+        header = Header("JPEG", *bare, animated=False)
+        _check_sides(header.width, header.height, rules)
+        return None, header
     image = open_header(payload)
-    width, height = image.size
+    _check_sides(*image.size, rules)
+    return image, Header(str(image.format), image.mode, *image.size, _is_animated(image))
+
+
+def _check_sides(width: int, height: int, rules: ImageRules) -> None:
     if width * height > rules.max_pixels:
         raise SampleError(
             "too_many_pixels", f"the header announces {width}x{height}; {rules.max_pixels} pixels are allowed"
@@ -92,7 +104,6 @@ def open_admitted(payload: bytes, rules: ImageRules) -> tuple[ImageFile.ImageFil
         raise SampleError(
             "aspect_ratio", f"{width}x{height} is longer than {rules.max_aspect_ratio:g} to 1", filtered=True
         )
-    return image, Header(str(image.format), image.mode, width, height, _is_animated(image))
 
 
 def open_header(payload: bytes) -> ImageFile.ImageFile:

@@ -76,8 +76,8 @@ def prepare(payload: bytes, rules: ImageRules) -> Prepared:
     Raises SampleError as `admit` does, and `truncated`, `corrupt_image` or `unsupported_mode` when the pixels cannot be had.
     """
     image, header = open_admitted(payload, rules)
-    is_plain = _read_whole_unless_plain(image, payload)
-    exif, orientation = read_exif(image)
+    is_plain = image is None or _read_whole_unless_plain(image, payload)
+    exif, orientation = (None, 1) if image is None else read_exif(image)
     turned = orientation >= 5
     original = (header.height, header.width) if turned else (header.width, header.height)
     upright = place(original, rules)
@@ -86,13 +86,15 @@ def prepare(payload: bytes, rules: ImageRules) -> Prepared:
             jpegs.check(payload)
         return Prepared(payload, rules.encode_format, *original, *original, exif, reencoded=False)
     placement = upright.turned() if turned else upright
-    taken = _taken_from_jpeg(payload, placement) if is_plain else _taken(image, placement)
+    taken = _taken_from_jpeg(payload, placement) if image is None or is_plain else _taken(image, placement)
     encoded = _encode(_on_canvas(_upright(taken, orientation), upright.canvas), rules)
     return Prepared(encoded, rules.encode_format, *upright.canvas, *original, exif, reencoded=True)
 
 
 def decode(payload: bytes) -> np.ndarray:
     """The upright picture as a fresh uint8 array (H, W, 3), 0 to 255. Raises SampleError as `prepare` does."""
+    if jpegs.bare_header(payload):
+        return np.require(jpegs.pixels(payload), requirements=("C", "W"))
     image = open_header(payload)
     pixels = jpegs.pixels(payload) if _read_whole_unless_plain(image, payload) else _flatten(image)
     return np.require(_upright(pixels, read_exif(image)[1]), requirements=("C", "W"))
@@ -115,12 +117,13 @@ def _read_whole_unless_plain(image: ImageFile.ImageFile, payload: bytes) -> bool
     return False
 
 
-def _is_stored_form(payload: bytes, image: Image.Image, header: Header, rules: ImageRules) -> bool:
+def _is_stored_form(payload: bytes, image: Image.Image | None, header: Header, rules: ImageRules) -> bool:
     """Whether the original already is one opaque 8-bit RGB picture in the format to store."""
-    if header.format != _STORED_FORMAT[rules.encode_format] or header.animated or image.mode != "RGB":
+    mode = header.mode if image is None else image.mode  # decoding may have changed it
+    if header.format != _STORED_FORMAT[rules.encode_format] or header.animated or mode != "RGB":
         return False
     is_deep = header.format == "PNG" and pngs.is_deep(payload)
-    return not is_deep and "transparency" not in image.info
+    return not is_deep and (image is None or "transparency" not in image.info)
 
 
 def _taken_from_jpeg(payload: bytes, place: Placement) -> np.ndarray:

@@ -7,6 +7,7 @@ that Pillow gives. Reducing while decoding stops at powers of two: other fractio
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,15 +21,39 @@ _MAX_SCANS = 100
 _ERRORS = (ValueError, KeyError)
 """KeyError: colours that simplejpeg has no name for."""
 _PROFILE = b"ICC_PROFILE\0"
-_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_START, _SCAN, _END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+_EXIF = b"Exif\0\0"
+_SEGMENT = struct.Struct(">BBHB")
+"""0xFF, what the segment is, its length, and its first byte: the bits of a sample where it is a frame's."""
+_BASELINE, _FIRST_SCAN = 0xC0, 0xDA
+_TABLES_AND_NOTES = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+"""Huffman and quantization tables, restart intervals, comments, and what applications note."""
+_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}
 
 
 def is_plain(payload: bytes) -> bool:
     """Whether libjpeg-turbo knows the colours and the subsampling of this JPEG and can give RGB of 8 bits."""
-    try:
-        return simplejpeg.decode_jpeg_header(payload, strict=False)[2] in ("YCbCr", "RGB", "Gray")
-    except _ERRORS:
-        return False
+    return _header(payload) is not None
+
+
+def bare_header(payload: bytes) -> tuple[str, int, int] | None:
+    """(mode as Pillow names it, width, height) of a plain baseline JPEG without EXIF, of which Pillow would tell no more.
+
+    The segments are walked up to the first scan; None where one of them is unusual, so that Pillow judges it.
+    """
+    at, is_baseline = 2, False
+    while payload.startswith(_START) and at + _SEGMENT.size <= len(payload):
+        mark, kind, length, first = _SEGMENT.unpack_from(payload, at)
+        if mark != 0xFF or length < 2:
+            return None
+        if kind == _FIRST_SCAN:
+            return _header(payload) if is_baseline else None
+        if kind == _BASELINE and not is_baseline and first == 8:
+            is_baseline = True
+        elif kind not in _TABLES_AND_NOTES or payload.startswith(_EXIF, at + 4):
+            return None
+        at += 2 + length
+    return None
 
 
 def refuse_many_scans(payload: bytes) -> None:
@@ -47,6 +72,15 @@ def size(payload: bytes) -> tuple[int, int]:
     """(width, height) as stored, of a JPEG that `is_plain`."""
     height, width, *_ = simplejpeg.decode_jpeg_header(payload, strict=False)
     return int(width), int(height)
+
+
+def _header(payload: bytes) -> tuple[str, int, int] | None:
+    """(mode, width, height) of a JPEG whose colours and subsampling libjpeg-turbo knows and that has pixels."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(payload, strict=False)
+    except _ERRORS:
+        return None
+    return (_MODES[colours], int(width), int(height)) if colours in _MODES else None
 
 
 def pixels(payload: bytes, reduction: int = 1) -> np.ndarray:

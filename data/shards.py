@@ -38,6 +38,7 @@ from data.tars import ShardReader, TarWriter
 from data.urls import redacted
 from data.web import FetchRules
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _COLUMNS = pa.schema(
     [
         ("key", pa.string()),
@@ -59,6 +60,8 @@ _COLUMNS = pa.schema(
 """`url` is the image's place as the source names it, `sha256` that of the original bytes, `phash` the stored picture's
 perceptual hash where near-duplicates are looked for, `error_class` the ledger's
 reason; `status` is `success`, `failed_to_download` (no bytes were had), `failed_to_resize` or `filtered`."""
+
+_NOTHING_KNOWN: dict[str, Any] = dict.fromkeys(_COLUMNS.names)
 
 
 class ShardConfig(ImageRules, CaptionRules):
@@ -109,7 +112,7 @@ def attempt(row: Row, key: str, config: ShardConfig, read: Callable[[Row], bytes
 
     `read` gives the original of a row whose caption was found good, or raises SampleError.
     """
-    fields = dict.fromkeys(_COLUMNS.names) | {
+    fields = _NOTHING_KNOWN | {
         "key": key,
         "url": row.source_id,
         "caption": row.caption,
@@ -254,7 +257,7 @@ def _has_caption(row: Row, config: ShardConfig) -> bool:
 def _add_sample(tar: TarWriter, fields: dict[str, Any], image: Prepared) -> None:
     key = fields["key"]
     tar.add(f"{key}.{image.extension}", image.payload)
-    tar.add(f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
+    tar.add(f"{key}.json", _JSON.encode(fields).encode())
     tar.add(f"{key}.txt", fields["caption"].encode())
 
 

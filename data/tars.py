@@ -6,6 +6,7 @@ import itertools
 import json
 import mmap
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from data import storage
@@ -33,16 +34,19 @@ class TarWriter:
 
     def add(self, name: str, payload: bytes) -> None:
         """Appends one file; `name` is ASCII of at most 100 bytes, `payload` below 8 GiB."""
-        self._gathered += _tar_header(name, len(payload))
-        self._gathered += payload
-        self._gathered += _PADDING[: -len(payload) % BLOCK]
-        self._write_whole_chunks()
+        gathered, size = self._gathered, len(payload)
+        gathered += _tar_header(name, size)
+        gathered += payload
+        gathered += _PADDING[: -size % BLOCK]
+        if len(gathered) >= _CHUNK:
+            self._write_whole_chunks()
 
     def add_sample(self, members: bytes) -> None:
         """Appends whole files with their headers and padding, as another archive has them."""
         assert len(members) % BLOCK == 0, f"{len(members)} bytes are no whole blocks"
         self._gathered += members
-        self._write_whole_chunks()
+        if len(self._gathered) >= _CHUNK:
+            self._write_whole_chunks()
 
     def finish(self) -> None:
         """Writes the end of the archive: two zero blocks, then zeros up to a whole record."""
@@ -67,10 +71,9 @@ class TarWriter:
 
     def _write_whole_chunks(self) -> None:
         whole = len(self._gathered) - len(self._gathered) % _CHUNK
-        if whole:
-            with memoryview(self._gathered) as gathered:
-                self._write(gathered[:whole])
-            del self._gathered[:whole]
+        with memoryview(self._gathered) as gathered:
+            self._write(gathered[:whole])
+        del self._gathered[:whole]
 
     def _write(self, payload: bytearray | memoryview) -> None:
         self._stream.write(payload)
@@ -174,15 +177,24 @@ def members_between(url: str, start: int, end: int) -> list[str]:
 _MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2
 _NO_TIME = b"0" * 11 + b"\0"
 _REGULAR = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK - 156, b"\0")
-_CONSTANT_SUM = sum(_MODE_AND_OWNER) + sum(_NO_TIME) + sum(_REGULAR) + 8 * ord(" ")
+_CONSTANT_SUM = sum(_REGULAR) + 8 * ord(" ")
 
 
 def _tar_header(name: str, size: int) -> bytes:
     """One POSIX ustar header block: mode 0644, owner 0, time 0."""
-    encoded, digits = name.encode("ascii"), b"%011o" % size
-    assert len(encoded) <= 100 and len(digits) == 11, f"{name} of {size} bytes does not fit a ustar header"
-    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(digits))
-    return b"".join((encoded.ljust(100, b"\0"), _MODE_AND_OWNER, digits, b"\0", _NO_TIME, checksum, _REGULAR))
+    encoded, (fields, known) = name.encode("ascii"), _fields_of_size(size)
+    assert len(encoded) <= 100, f"{name} does not fit a ustar header"
+    checksum = b"%06o\0 " % (known + sum(encoded))
+    return b"".join((encoded.ljust(100, b"\0"), fields, checksum, _REGULAR))
+
+
+@lru_cache(maxsize=4096)
+def _fields_of_size(size: int) -> tuple[bytes, int]:
+    """What stands between name and checksum, and the sum of all but the name; few sizes are met often, as captions'."""
+    digits = b"%011o" % size
+    assert len(digits) == 11, f"{size} bytes do not fit a ustar header"
+    fields = b"".join((_MODE_AND_OWNER, digits, b"\0", _NO_TIME))
+    return fields, _CONSTANT_SUM + sum(fields)
 
 
 def _map(url: str) -> bytes | mmap.mmap:

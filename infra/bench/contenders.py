@@ -33,14 +33,14 @@ def darkroom(folder: Path, count: int, scratch: Path) -> None:
     from data.shards import ShardConfig, write_shard
 
     config = ShardConfig(image_size=IMAGE_SIZE, encode_quality=QUALITY)
-    size = config.samples_per_shard
-    rows = [
-        Row(index=i, image=str(path), caption=f"picture {i}", source_id=str(i))
-        for i, path in enumerate(files_of(folder, count))
-    ]
-    for index in range(-(-count // size)):
-        record = write_shard(rows[index * size : (index + 1) * size], index, str(scratch), config)
-        assert record.samples == len(rows[index * size : (index + 1) * size]), record.ledger
+    paths, size = files_of(folder, count), config.samples_per_shard
+    for index, first in enumerate(range(0, count, size)):
+        rows = [
+            Row(index=i, image=str(paths[i]), caption=f"picture {i}", source_id=str(i))
+            for i in range(first, min(first + size, count))
+        ]
+        record = write_shard(rows, index, str(scratch), config)
+        assert record.samples == len(rows), record.ledger
 
 
 def img2dataset(folder: Path, count: int, scratch: Path) -> None:

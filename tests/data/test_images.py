@@ -22,6 +22,7 @@ from PIL import Image, ImageCms
 sys.path.insert(0, str(Path(__file__).parent))
 import profiles
 
+from data import jpegs
 from data.errors import SampleError
 from data.images import ImageRules, admit, decode, prepare
 
@@ -428,3 +429,50 @@ def test_damaged_bytes_give_a_picture_or_a_reason(
         assert error.reason.isidentifier() and " object at " not in str(error)
     else:
         assert _pixels(prepared.payload).shape == (8, 8, 3)
+
+
+PHOTO = _saved(_noise(45, 70), "JPEG", quality=90, comment=b"a note", icc_profile=b"p" * 40)
+HEADER_BYTES = PHOTO.index(b"\xff\xda") + 14
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(2, HEADER_BYTES), st.integers(0, 255), st.integers(0, 3))
+def test_a_jpeg_is_judged_alike_whether_its_header_is_walked_or_read_by_pillow(
+    at: int, value: int, cut: int
+) -> None:
+    payload = PHOTO[:at] + bytes([value]) + PHOTO[at + 1 + cut :]
+    rules = ImageRules(image_size=16, encode_format="png", min_size=8, max_pixels=10_000)
+    walked = _outcome(payload, rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jpegs, "bare_header", lambda _: None)
+        read = _outcome(payload, rules)
+    both_refused = isinstance(walked, str) and isinstance(read, str)
+    assert walked == read or (both_refused and {walked, read} == {"truncated", "corrupt_image"})
+
+
+def _outcome(payload: bytes, rules: ImageRules) -> Any:
+    """Header, stored picture and pixels, or why there are none."""
+    try:
+        return admit(payload, rules), prepare(payload, rules), decode(payload).tobytes()
+    except SampleError as error:
+        return error.reason
+
+
+@pytest.mark.parametrize(
+    ("payload", "is_bare"),
+    [
+        (PHOTO, True),
+        (_saved(_noise().convert("L"), "JPEG"), True),
+        (_oriented(6), False),
+        (_saved(_noise(), "JPEG", progressive=True), False),
+        (_saved(_noise().convert("CMYK"), "JPEG"), False),
+        (_saved(_noise(), "PNG"), False),
+        (PHOTO[: HEADER_BYTES - 20], False),
+    ],
+)
+def test_a_common_jpeg_needs_no_pillow(payload: bytes, is_bare: bool) -> None:
+    header = jpegs.bare_header(payload)
+    assert (header is not None) == is_bare
+    if header:
+        with Image.open(io.BytesIO(payload)) as image:
+            assert header == (image.mode, *image.size)

@@ -128,6 +128,22 @@ def test_neighbours_in_a_remote_archive_come_by_one_request(monkeypatch: pytest.
     assert sorted(asked) == sorted([(600, 29_000), *one_by_one, (512, 4588)])
 
 
+def test_the_next_remote_archive_is_asked_for_before_this_one_has_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both, read_range = threading.Barrier(2), storage.read_range
+
+    def together(url: str, start: int, size: int) -> bytes:
+        both.wait(timeout=20)
+        return read_range(url, start, size)
+
+    for name in "ab":
+        storage.write_bytes(f"memory://ahead/{name}.tar", name.encode() * 20)
+    monkeypatch.setattr(storage, "read_range", together)
+    rows = [row(f"memory://ahead/{name}.tar", Slice(0, 3)) for name in "ab"]
+    assert read(*rows) == [b"aaa", b"bbb"]
+
+
 def test_no_more_is_held_than_shows_that_it_is_too_much(folder: str) -> None:
     storage.write_bytes(f"{folder}/a", b"x" * 1000)
     stream = io.BytesIO()
