@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
+
+from isal import isal_zlib
 
 from data import storage
 
@@ -27,7 +28,7 @@ class Checksum:
         while len(rest):
             begun = self.bytes % BLOCK
             part, rest = rest[: BLOCK - begun], rest[BLOCK - begun :]
-            self._crcs.append(zlib.crc32(part, self._crcs.pop() if begun else 0))
+            self._crcs.append(isal_zlib.crc32(part, self._crcs.pop() if begun else 0))
             self.bytes += len(part)
 
     @property
