@@ -87,7 +87,7 @@ def deployed(pictures: Path, folder: Path, **place: str) -> str:
 
 def receipts(root: Path) -> dict[str, int]:
     """Name -> time of change of the receipts of finished shards."""
-    return {p.name: p.stat().st_mtime_ns for p in root.glob("store/shard/*/_meta/receipts/*.json")}
+    return {p.name: p.stat().st_mtime_ns for p in root.glob("store/shard/*/_meta/receipts/[0-9]*.json")}
 
 
 def begun(root: Path) -> dict[str, int]:
