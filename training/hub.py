@@ -48,10 +48,10 @@ def folder(source: str, kind: Kind, *, called: str = "") -> Path:
     Raises UserError when it cannot be had, saying what to copy where; `called` is what the user named it by.
     """
     import huggingface_hub
+    from huggingface_hub.constants import ENDPOINT
 
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    is_silent = not _answers(hub)  # the client tries a silent hub for a minute a file
+    is_silent = not _answers(ENDPOINT)  # the client tries a silent hub for a minute a file
     try:
         found = huggingface_hub.snapshot_download(
             repository,
@@ -60,7 +60,7 @@ def folder(source: str, kind: Kind, *, called: str = "") -> Path:
             local_files_only=is_silent,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        why = f"{hub} does not answer" if is_silent else _first_line(error)
+        why = f"{ENDPOINT} does not answer" if is_silent else _first_line(error)
         raise UserError(
             f"{called or source} is no folder here and cannot be downloaded ({why}): on a machine with a network download "
             f"{_SHOWN[kind]} of the hub repository {repository} into one folder, copy it here and give its path"

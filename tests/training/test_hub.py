@@ -16,6 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,7 +77,7 @@ def test_a_hub_that_drops_packets_is_said_within_seconds(monkeypatch):
             waiting = queue.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
-        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
         started = time.monotonic()
         with pytest.raises(UserError, match=f"cannot be downloaded .{address} does not answer"):
             hub.folder("hub:somebody/unheard-of", "clip")
