@@ -123,8 +123,7 @@ class Originals:
             raise SampleError(
                 "unreadable", "there is something other than a file at the place that the source names"
             )
-        with open(path, "rb") as file:  # noqa: PTH123
-            return file.read(min(facts.st_size, self._max_bytes) + 1)
+        return _first_bytes(path, min(facts.st_size, self._max_bytes) + 1)
 
     def _read_slice(self, url: str, part: Slice) -> bytes:
         if self._archive is None or self._archive[0] != url:
@@ -171,6 +170,18 @@ class Originals:
         if self._cells is not None:
             self._cells.close()
         self._archive = self._cells = None
+
+
+def _first_bytes(path: str, size: int) -> bytes:
+    """At most `size` bytes of a file, read without Python's file objects, which cost a third of reading a small picture."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        payload = os.read(descriptor, size)
+        while len(payload) < size and (more := os.read(descriptor, size - len(payload))):
+            payload += more
+        return payload
+    finally:
+        os.close(descriptor)
 
 
 def _runs(rows: Sequence[Row], max_bytes: int) -> Iterator[list[Row]]:

@@ -23,41 +23,41 @@ _IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 class TarWriter:
     """Writes ustar members that depend on name and content alone: no times, no owners.
 
-    Bytes are gathered and go to `stream` a MiB at a time, each hashed on its way; `finish` writes what is left, and only
+    Bytes are gathered and go to `stream` about a MiB at a time, each hashed on its way; `finish` writes what is left, and only
     after it are all of them in the stream and in the digests.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._checksum = Checksum()
-        self._gathered = bytearray()
+        self._gathered: list[bytes] = []
+        self._waiting = 0
 
     def add(self, name: str, payload: bytes) -> None:
         """Appends one file; `name` is ASCII of at most 100 bytes, `payload` below 8 GiB."""
-        gathered, size = self._gathered, len(payload)
-        gathered += _tar_header(name, size)
-        gathered += payload
-        gathered += _PADDING[: -size % BLOCK]
-        if len(gathered) >= _CHUNK:
-            self._write_whole_chunks()
+        size, padding = len(payload), -len(payload) % BLOCK
+        self._gathered += (_tar_header(name, size), payload, _PADDING[:padding])
+        self._waiting += BLOCK + size + padding
+        if self._waiting >= _CHUNK:
+            self._write()
 
     def add_sample(self, members: bytes) -> None:
         """Appends whole files with their headers and padding, as another archive has them."""
         assert len(members) % BLOCK == 0, f"{len(members)} bytes are no whole blocks"
-        self._gathered += members
-        if len(self._gathered) >= _CHUNK:
-            self._write_whole_chunks()
+        self._gathered.append(members)
+        self._waiting += len(members)
+        if self._waiting >= _CHUNK:
+            self._write()
 
     def finish(self) -> None:
         """Writes the end of the archive: two zero blocks, then zeros up to a whole record."""
-        self._gathered += bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD)
-        self._write(self._gathered)
-        self._gathered = bytearray()
+        self._gathered.append(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
+        self._write()
 
     @property
     def bytes(self) -> int:
         """Bytes added so far."""
-        return self._checksum.bytes + len(self._gathered)
+        return self._checksum.bytes + self._waiting
 
     @property
     def sha256(self) -> str:
@@ -69,15 +69,12 @@ class TarWriter:
         """CRC-32 of each MiB of the finished archive, as in a `FileRecord`."""
         return self._checksum.blocks
 
-    def _write_whole_chunks(self) -> None:
-        whole = len(self._gathered) - len(self._gathered) % _CHUNK
-        with memoryview(self._gathered) as gathered:
-            self._write(gathered[:whole])
-        del self._gathered[:whole]
-
-    def _write(self, payload: bytearray | memoryview) -> None:
-        self._stream.write(payload)
-        self._checksum.update(payload)
+    def _write(self) -> None:
+        whole = b"".join(self._gathered)
+        self._stream.write(whole)
+        self._checksum.update(whole)
+        self._gathered.clear()
+        self._waiting = 0
 
 
 class ShardReader:
