@@ -22,7 +22,8 @@ _ERRORS = (ValueError, KeyError)
 """KeyError: colours that simplejpeg has no name for."""
 _PROFILE = b"ICC_PROFILE\0"
 _START, _SCAN, _END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
-_EXIF = b"Exif\0\0"
+_FOR_PILLOW = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"MPF\0")
+"""Notes that Pillow reads: how a picture was held, by EXIF or XMP, and that others follow it in the file."""
 _SEGMENT = struct.Struct(">BBHB")
 """0xFF, what the segment is, its length, and its first byte: the bits of a sample where it is a frame's."""
 _BASELINE, _FIRST_SCAN = 0xC0, 0xDA
@@ -37,7 +38,7 @@ def is_plain(payload: bytes) -> bool:
 
 
 def bare_header(payload: bytes) -> tuple[str, int, int] | None:
-    """(mode as Pillow names it, width, height) of a plain baseline JPEG without EXIF, of which Pillow would tell no more.
+    """(mode as Pillow names it, width, height) of a plain baseline JPEG of which Pillow would tell no more: without EXIF, XMP and further pictures.
 
     The segments are walked up to the first scan; None where one of them is unusual, so that Pillow judges it.
     """
@@ -50,7 +51,7 @@ def bare_header(payload: bytes) -> tuple[str, int, int] | None:
             return _header(payload) if is_baseline else None
         if kind == _BASELINE and not is_baseline and first == 8:
             is_baseline = True
-        elif kind not in _TABLES_AND_NOTES or payload.startswith(_EXIF, at + 4):
+        elif kind not in _TABLES_AND_NOTES or payload.startswith(_FOR_PILLOW, at + 4):
             return None
         at += 2 + length
     return None

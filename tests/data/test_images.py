@@ -466,6 +466,8 @@ def _outcome(payload: bytes, rules: ImageRules) -> Any:
         (_oriented(6), False),
         (_saved(_noise(), "JPEG", progressive=True), False),
         (_saved(_noise().convert("CMYK"), "JPEG"), False),
+        (_saved(_noise(), "MPO", save_all=True, append_images=[_noise()]), False),
+        (_saved(_noise(), "JPEG", xmp=b'<x tiff:Orientation="6"/>'), False),
         (_saved(_noise(), "PNG"), False),
         (PHOTO[: HEADER_BYTES - 20], False),
     ],
