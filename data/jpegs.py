@@ -38,9 +38,9 @@ def is_plain(payload: bytes) -> bool:
 
 
 def bare_header(payload: bytes) -> tuple[str, int, int] | None:
-    """(mode as Pillow names it, width, height) of a plain baseline JPEG of which Pillow would tell no more: without EXIF, XMP and further pictures.
+    """(mode as Pillow names it, width, height) of a plain baseline JPEG of which Pillow would tell no more.
 
-    The segments are walked up to the first scan; None where one of them is unusual, so that Pillow judges it.
+    It has no EXIF, no XMP and no further pictures. The segments are walked up to the first scan; None where one of them is unusual, so that Pillow judges it.
     """
     at, is_baseline = 2, False
     while payload.startswith(_START) and at + _SEGMENT.size <= len(payload):

@@ -67,6 +67,35 @@ class EvaluationConfig(GenerateConfig, EvaluateConfig):
         return tuple(gates.parsed(text).text for text in value)
 
 
+class Workers(Config):
+    """What one stage is given, where that is something else than `fanout` says for all."""
+
+    num_workers: int | None = operational(None, ge=1, description="actors of this stage; None: as for all")
+
+
+class Share(Workers):
+    """The same of a stage that runs networks."""
+
+    num_gpus: float | None = operational(None, ge=0, description="GPUs per actor; None: as for all")
+
+
+class SharedFanout(FanoutConfig):
+    """How shards are spread over workers: for all stages, and for each by itself."""
+
+    shard: Workers = operational(Workers())
+    embed: Share = operational(Share())
+    text: Share = operational(Share())
+    encode: Share = operational(Share())
+    generate: Share = operational(Share())
+    evaluate: Share = operational(Share())
+
+    def of(self, stage: str) -> FanoutConfig:
+        """What `stage` runs with."""
+        for_all = self.model_dump(include=set(FanoutConfig.model_fields))
+        own = getattr(self, stage, Workers()).model_dump(exclude_none=True)
+        return FanoutConfig.model_validate(for_all | own)
+
+
 class Recipe(Config):
     """An unCLIP run: its source, its encoders, its prior and denoiser, its evaluation."""
 
@@ -75,7 +104,7 @@ class Recipe(Config):
     seed: int = Field(0, ge=0, description="added to every training stage's own seed, and to generation's")
     source: SourceConfig = SourceConfig()
     shard: ShardConfig = ShardConfig()
-    fanout: FanoutConfig = FanoutConfig()
+    fanout: SharedFanout = SharedFanout()
     jobs: JobsConfig = JobsConfig()
     clip: ClipConfig = ClipConfig()
     embed: EmbedConfig = EmbedConfig()

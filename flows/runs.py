@@ -169,7 +169,7 @@ def spec_of(plan: Plan, stage: PlannedStage) -> StageSpec:
         inputs={role: pins.pinned(plan.root, ref) for role, ref in stage.inputs.items()},
         folder=stage.folder,
         fingerprint=stage.fingerprint,
-        fanout=plan.recipe.fanout,
+        fanout=plan.recipe.fanout.of(stage.name),
         jobs=plan.recipe.jobs,
         version=stage.node.stage.version,
         run=plan.run,

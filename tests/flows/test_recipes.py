@@ -11,6 +11,7 @@ from data.errors import UnknownPath, UserError
 from data.sources import SourceConfig
 from flows.assignments import edited, paths
 from flows.recipes import RECIPES, Recipe, find, prepare, with_data
+from stages.contract import FanoutConfig
 from training.systems.denoiser import Denoiser
 from training.systems.prior import Prior
 
@@ -22,6 +23,7 @@ FROZEN = {
     "shard.image_size": ("64", 64),
     "shard.max_failed_fraction": ("0.5", 0.5),
     "fanout.num_workers": ("2", 2),
+    "fanout.embed.num_gpus": ("0.5", 0.5),
     **{f"{part}.max_steps": ("5", 5) for part in TRAINED},
     **{f"{part}.batch_size": ("8", 8) for part in TRAINED},
     **{f"{part}.learning_rate": ("1e-3", 1e-3) for part in TRAINED},
@@ -199,3 +201,23 @@ def test_the_production_denoiser_is_of_stable_unclips_class():
     assert all(p.is_meta for p in model.parameters())
     assert 0.8e9 < parameters(model) < 1.0e9
     assert config.precision == "bf16" and config.fsdp
+
+
+def test_a_stage_has_its_own_share_before_that_of_all():
+    recipe = edited(
+        PLAIN,
+        [
+            "fanout.num_workers=4",
+            "fanout.num_gpus=1",
+            "fanout.embed.num_gpus=0.5",
+            "fanout.shard.num_workers=2",
+        ],
+    )
+    given = {stage: recipe.fanout.of(stage) for stage in ("shard", "embed", "encode", "prior")}
+    assert {stage: (f.num_workers, f.num_gpus) for stage, f in given.items()} == {
+        "shard": (2, 1), "embed": (4, 0.5), "encode": (4, 1), "prior": (4, 1),
+    }  # fmt: skip
+    assert all(type(each) is FanoutConfig for each in given.values()), "a spec tells one stage's share alone"
+    for path in ("fanout.prior.num_workers", "fanout.shard.num_gpus"):
+        with pytest.raises(UnknownPath, match=path):
+            edited(PLAIN, [f"{path}=1"])
