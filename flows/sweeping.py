@@ -158,5 +158,5 @@ def rows_of(printed: dict[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
         rows.append([str(point["setting"]), *values, ", ".join(marks)])
     if spread := printed["spread"]:
         between = ["{:.4g} ± {:.2g}".format(*spread[name]) if name in spread else "" for name in names]
-        rows.append(["mean", *between, "± standard deviation between seeds"])
+        rows.append(["mean ± deviation", *between, "between seeds"])
     return [printed["field"], *names, ""], rows

@@ -195,7 +195,7 @@ def test_no_secret_of_a_worker_is_in_any_file_of_its_flows_or_of_prefects_server
         with serving.worker(home, url, "darkroom"):
             state = ended(started := start("prepare/darkroom"))
             assert state.name == "Completed", state.message
-            eventually(lambda: any(line.startswith("shard     done") for line in log(started)), 30)
+            eventually(lambda: any(line.startswith("shard     done") for line in log(started)))
     assert len(served) == 8
     places = files_of(root, home)
     assert any(b"heliotrope" in payload for payload in places.values()), "the search finds what is there"
