@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from shard import CHECKOUT, HERE, interpreter
 from watched import watched
 
-CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools<70")
-"""Its clip-anytorch asks for pkg_resources."""
+CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools>=77.0.3,<82")
+"""Torch wants the one, its clip-anytorch pkg_resources, which later ones have not."""
 WORKERS, THREADS, BATCH, WARM_UP = 2, 32, 64, 40
 
 Line = list[str]
