@@ -40,14 +40,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"the {MINUTES:g} minutes of DARKROOM_TEST_MINUTES are used up")
 
 
+OURS = ("RAY_", "PREFECT_", "DARKROOM_", "DO_NOT_TRACK")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def variables_of_the_shell() -> Iterator[None]:
-    """What a stage that runs in this process sets for its own cluster is no other file's concern: `RAY_AUTH_MODE` would be."""
-    before = dict(os.environ)
+    """What a command that runs in this process sets is no other file's concern: a quiet Prefect would be, or `RAY_AUTH_MODE`."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(OURS)}
     yield
-    for name in {*os.environ} - {*before}:
-        if name.startswith("RAY_"):
-            del os.environ[name]
+    for name in [name for name in os.environ if name.startswith(OURS)]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 Darkroom = Callable[..., subprocess.CompletedProcess[str]]
