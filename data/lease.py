@@ -48,19 +48,20 @@ def lease(
     name: str = "",
     waiting: Callable[[Owner], None] = lambda _: None,
     patience: float = math.inf,
+    setting: str = "",
 ) -> Iterator[None]:
     """Holds the only lease on the artifact `folder` for the length of the block; waits while another live owner has it.
 
-    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it. Others
-    are told `name`. An owner whose process has ended on this machine, or whose heartbeat is older than a minute, is succeeded: machines that
-    share a store agree on the time to well within that. On a disk and in S3; stores of other kinds have no lease, the block
-    runs at once.
+    `waiting` is called once with the present owner before the wait; LeaseHeld is raised after `patience` seconds of it, and
+    names the `setting` that holds them. Others are told `name`. An owner whose process has ended on this machine, or whose
+    heartbeat is older than a minute, is succeeded: machines that share a store agree on the time to well within that. On a
+    disk and in S3; stores of other kinds have no lease, the block runs at once.
     """
     if not conditional.is_supported(folder):
         yield
         return
     url, token = _place(folder), f"{name} {secrets.token_hex(8)}".lstrip()
-    _acquire(url, token, waiting, patience)
+    _acquire(url, token, waiting, patience, f" ({setting})" if setting else "")
     stopped = threading.Event()
     beating = threading.Thread(target=_beat, args=(url, token, stopped), daemon=True, name="darkroom-lease")
     beating.start()
@@ -100,7 +101,7 @@ def _place(folder: str) -> str:
     return storage.join(folder, "_meta", FILE)
 
 
-def _acquire(url: str, token: str, waiting: Callable[[Owner], None], patience: float) -> None:
+def _acquire(url: str, token: str, waiting: Callable[[Owner], None], patience: float, setting: str) -> None:
     told, deadline = False, time.monotonic() + patience
     while owner := _take(url, token):
         if not told:
@@ -108,8 +109,8 @@ def _acquire(url: str, token: str, waiting: Callable[[Owner], None], patience: f
             told = True
         if time.monotonic() > deadline:
             raise LeaseHeld(
-                f"process {owner.pid} on {owner.host} has been building {url.rsplit('/', 2)[0]} for all of the {patience:g} s "
-                "that this run waits (fanout.lease_seconds): wait for it, or end it, and run the same command again"
+                f"process {owner.pid} on {owner.host} has been at work on {url.rsplit('/', 2)[0]} for all of the {patience:g} s "
+                f"that this run waits{setting}: wait for it, or end it, and run the same command again"
             )
         time.sleep(POLL_SECONDS)
 

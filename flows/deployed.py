@@ -11,6 +11,8 @@ from typing import Any
 
 from prefect import Flow, flow, get_run_logger, suspend_flow_run, tags, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.input import RunInput
 from prefect.logging.loggers import flow_run_logger
@@ -46,7 +48,7 @@ TAG = "darkroom"
 
 
 class UnderWay(DarkroomError):
-    """Another flow run works on the very run that this one would make."""
+    """Another flow run works on the very run that this one would make, or waits for the word that lets it serve."""
 
 
 class Approval(RunInput):
@@ -180,7 +182,26 @@ def _alone(plan: Plan) -> Iterator[None]:
         yield
 
 
+def _give_way_to_a_question(root: str) -> None:
+    """Raises UnderWay where an earlier refresh of `root` waits for a person's answer: when it has it, it looks for new data itself.
+
+    A flow run that was answered is carried out again from its beginning, and gives way to nobody.
+    """
+    if this_run.run_count > 1:
+        return
+    refreshes = FlowFilter.model_validate({"name": {"any_": [this_run.flow_name]}})
+    suspended = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Suspended"]}}})
+    with get_client(sync_client=True) as client:
+        for other in client.read_flow_runs(flow_filter=refreshes, flow_run_filter=suspended):
+            if other.parameters.get("run", {}).get("root") == root:
+                raise UnderWay(
+                    f"flow run {other.name} waits for a person's answer before production under {root} moves: "
+                    "answer that one, which then looks for new data itself"
+                )
+
+
 def _refreshed(run: RefreshParameters) -> str:
+    _give_way_to_a_question(run.root)
     found = refreshing.refresh_of(run)
     plan = found.plan
     if not found.is_news:

@@ -61,6 +61,7 @@ def run_spec(spec: StageSpec, progress: Progress = silent) -> Snapshot:
             spec.folder,
             waiting=lambda owner: progress(0, 1, "waiting", f"process {owner.pid} on {owner.host} builds it"),
             patience=spec.fanout.lease_seconds,
+            setting="fanout.lease_seconds",
         ),
     ):
         if snapshot := spec.made():

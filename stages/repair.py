@@ -82,7 +82,7 @@ def repair(
     in_place: set[str] = set()
     for folder in sorted(folders, key=lambda f: (_order(artifacts[f]), f)):
         try:
-            with lease(folder, patience=bench.fanout.lease_seconds):
+            with lease(folder, patience=bench.fanout.lease_seconds, setting="fanout.lease_seconds"):
                 # looked for again: a run may have changed the artifact before its lease was ours
                 problems = [problem for problem in verify(folder).problems if problem.folder == folder]
                 _mend(inventory(folder)[0], problems, bench, in_place)

@@ -40,6 +40,21 @@ SETTINGS = {
     "evaluate.prior_steps": 2,
     "evaluate.reconstruction_images": 20,
 }
+TRAININGS = ("clip", "vae", "prior", "denoiser")
+DEPLOYED = (
+    {
+        path: [int(n) for n in value.split(",")] if isinstance(value, str) else value
+        for path, value in SETTINGS.items()
+        if path != "source.count"
+    }
+    | {
+        f"{training}.{name}": value
+        for training in TRAININGS
+        for name, value in (("max_steps", 2), ("batch_size", 8), ("num_workers", 1))
+    }
+    | {"fanout.num_workers": 1}
+)
+"""Of a deployed flow on pictures of its own: two steps of each training, and what a form holds in place of text."""
 MAPPED = (shard, embed, encode, generate, evaluate)
 
 

@@ -40,6 +40,7 @@ from watched import watched
 
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools>=77.0.3,<82")
 """Torch wants the one, its clip-anytorch pkg_resources, which later ones have not."""
+JPEG = (".jpg", ".jpeg")
 WORKERS, THREADS, BATCH, WARM_UP = 2, 32, 64, 40
 
 Line = list[str]
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["sharding", "embedding"], help="what to run")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
+    if not any(path.suffix.lower() in JPEG for path in options.photos.iterdir()):
+        parser.error(f"{options.photos} holds no .jpg: name the folder of the photographs themselves")
     wanted, found = options.only or ["sharding", "embedding"], []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -89,7 +92,7 @@ def server(photos: Path, folder: Path) -> Iterator[int]:
     """The port of a server of the photographs, in a process of its own."""
     folder.mkdir()
     for path in photos.iterdir():
-        if path.suffix.lower() in (".jpg", ".jpeg"):
+        if path.suffix.lower() in JPEG:
             (folder / path.with_suffix(".jpg").name).symlink_to(path.resolve())
     line = [sys.executable, str(HERE / "http_server.py"), str(folder)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)

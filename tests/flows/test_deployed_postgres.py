@@ -1,7 +1,8 @@
-"""The same server on PostgreSQL, as a cluster has it: deployed once, a schedule fires, a run leaves its artifacts."""
+"""The same server on PostgreSQL, as a cluster has it: deployed once, a schedule fires, pairs become a model that serves."""
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from flows import serving
+from flows import pointers, serving
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pictures import add_pictures
 from prefect_server import artifacts, deploy, ended, entry, eventually, free_port, runs_of, talking_to
+from untrained import DEPLOYED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -58,24 +62,25 @@ def database() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def test_a_schedule_fires_on_postgresql_and_deploying_again_changes_nothing(database, tmp_path):
-    home, root = tmp_path / "home", tmp_path / "runs"
-    settings = {
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
-    }
-    often = {"slug": "often", "interval": 20, "active": True}
-    collect = entry("gc", "darkroom", {"root": str(root)}, often)
+def test_a_schedule_on_postgresql_leads_to_a_run_that_serves_and_deploying_again_changes_nothing(
+    database, tmp_path
+):
+    home, root = tmp_path / "home", str(tmp_path / "runs")
+    data = add_pictures(tmp_path / "pictures", range(60))
+    run = {"recipe": "demo", "data": str(data), "root": root, "settings": DEPLOYED}
+    often = entry("refresh", "darkroom", run, {"slug": "often", "interval": 20, "active": True})
+    settings = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
     with serving.server(home, free_port(), settings) as (url, _), talking_to(url):
-        deploy(tmp_path, collect)
-        assert {each.change for each in deploy(tmp_path, collect)} == {"unchanged"}
+        deploy(tmp_path, often)
+        assert {each.change for each in deploy(tmp_path, often)} == {"unchanged"}
         with serving.worker(home, url, "darkroom"):
             first = eventually(
-                lambda: next(
-                    (r for r in runs_of("gc/darkroom") if r.state.is_running() or r.state.is_completed()),
-                    None,
-                )
+                lambda: next((r for r in runs_of("refresh/darkroom") if r.state.is_running()), None)
             )
-            assert first.auto_scheduled and ended(first).name == "Completed"
-        assert artifacts(first)["gc"] == "[]"
-        deploy(tmp_path, entry("gc", "darkroom", {"root": str(root)}))
+            deploy(tmp_path, entry("refresh", "darkroom", run))
+            state = ended(first, 1200)
+        assert first.auto_scheduled and state.name == "Completed", state.message
+        (move,) = pointers.history(root)
+        assert state.message.endswith(f"production is {move.run}: nothing was there before")
+        assert json.loads(artifacts(first)["production"])[0]["run"] == move.run
     assert not (home / "prefect.db").exists(), "all of it lies in PostgreSQL"

@@ -18,7 +18,6 @@ from flows import pointers, serving
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import untrained
 from pictures import add_pictures
 from prefect_server import (
     artifacts,
@@ -32,23 +31,10 @@ from prefect_server import (
     state,
     talking_to,
 )
+from untrained import DEPLOYED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ARTIFACTS = ("plan", "ledger", "lineage", "scores", "samples", "report")
-TRAININGS = ("clip", "vae", "prior", "denoiser")
-SETTINGS = (
-    {
-        path: [int(n) for n in value.split(",")] if isinstance(value, str) else value
-        for path, value in untrained.SETTINGS.items()
-        if path != "source.count"
-    }
-    | {
-        f"{training}.{name}": value
-        for training in TRAININGS
-        for name, value in (("max_steps", 2), ("batch_size", 8), ("num_workers", 1))
-    }
-    | {"fanout.num_workers": 1}
-)
 STILL = {
     f"{part}.{k}": v for part in ("prior", "denoiser") for k, v in (("max_steps", 1), ("learning_rate", 1e-9))
 }
@@ -77,7 +63,7 @@ def scheduled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scheduled")
     root = str(folder / "runs")
     data = add_pictures(folder / "pictures", range(60))
-    run = {"recipe": "demo", "data": str(data), "root": root, "settings": SETTINGS, "continued": STILL}
+    run = {"recipe": "demo", "data": str(data), "root": root, "settings": DEPLOYED, "continued": STILL}
     schedules = [{"slug": slug, "interval": 20, "active": True} for slug in ("one", "another")]
     with (
         serving.server(folder / "prefect", free_port()) as (url, _),
@@ -122,7 +108,7 @@ def test_a_run_leaves_its_artifacts(scheduled):
 
 def test_a_recipe_is_trained_evaluated_and_found_whole_by_a_flow_each(scheduled):
     (move,) = pointers.history(scheduled.root)
-    other = scheduled.parameters | {"settings": SETTINGS | {"denoiser.seed": 1}}
+    other = scheduled.parameters | {"settings": DEPLOYED | {"denoiser.seed": 1}}
     del other["continued"]
     flows = ("train", "evaluate", "pipeline")
     deploy(Path(scheduled.root).parent, *(entry(flow, "another", other) for flow in flows))
@@ -167,6 +153,9 @@ def test_new_pairs_lead_to_a_run_that_serves_when_a_person_agrees(scheduled):
     add_pictures(Path(scheduled.parameters["data"]), range(60, 90))
     run = asked(scheduled)
     assert pointers.history(scheduled.root) == (before,), "asked first"
+    meanwhile = ended(start("refresh/darkroom"))
+    assert meanwhile.name == "Cancelled"
+    assert meanwhile.message.startswith(f"flow run {run.name} waits for a person's answer before production")
     resume_flow_run(run.id, run_input={"promote": True})
     after = ended(run)
     assert after.name == "Completed", after.message
