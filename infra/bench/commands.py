@@ -35,12 +35,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from shard import CHECKOUT, HERE, interpreter
+from shard import CHECKOUT, HERE, interpreter, photographs
 from watched import watched
 
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools>=77.0.3,<82")
 """Torch wants the one, its clip-anytorch pkg_resources, which later ones have not."""
-JPEG = (".jpg", ".jpeg")
 WORKERS, THREADS, BATCH, WARM_UP = 2, 32, 64, 40
 
 Line = list[str]
@@ -71,8 +70,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["sharding", "embedding"], help="what to run")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
-    if not any(path.suffix.lower() in JPEG for path in options.photos.iterdir()):
-        parser.error(f"{options.photos} holds no .jpg: name the folder of the photographs themselves")
     wanted, found = options.only or ["sharding", "embedding"], []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -91,9 +88,8 @@ def main() -> None:
 def server(photos: Path, folder: Path) -> Iterator[int]:
     """The port of a server of the photographs, in a process of its own."""
     folder.mkdir()
-    for path in photos.iterdir():
-        if path.suffix.lower() in JPEG:
-            (folder / path.with_suffix(".jpg").name).symlink_to(path.resolve())
+    for path in photographs(photos):
+        (folder / path.with_suffix(".jpg").name).symlink_to(path.resolve())
     line = [sys.executable, str(HERE / "http_server.py"), str(folder)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     try:

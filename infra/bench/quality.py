@@ -25,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from shard import mosaic
+from shard import mosaic, photographs
 
 from data.geometry import place
 from data.image_rules import ImageRules
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, help="folder of JPEG photographs")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
-    paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = photographs(options.photos)
     photos = [path.read_bytes() for path in paths]
     large = [mosaic([paths[(4 * n + k) % len(paths)] for k in range(4)]) for n in range(6)]
     found = {f"photographs to {size} px": [decibels(p, size) for p in photos] for size in (64, 40, 256)}

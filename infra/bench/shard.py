@@ -90,7 +90,7 @@ def make_inputs(photos: Path, scratch: Path, wanted: list[str]) -> None:
 
     for name in ("photographs", "large", "same95", "same75", "small", "column"):
         (scratch / name).mkdir()
-    originals = sorted(path for path in photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    originals = photographs(photos)
     sizes = {"same95": (256, 95), "same75": (256, 75), "small": (64, 95)}
     for number, path in enumerate(originals):
         payload = path.read_bytes()
@@ -104,6 +104,14 @@ def make_inputs(photos: Path, scratch: Path, wanted: list[str]) -> None:
             (scratch / "large" / f"{number:04d}.jpg").write_bytes(mosaic(tiles))
     if "columns" in wanted:
         contenders.write_column(scratch / "column", RACES["columns"].count)
+
+
+def photographs(folder: Path) -> list[Path]:
+    """The JPEGs of `folder`, by name; ends the program where there are none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    return found or sys.exit(
+        f"{folder} holds no .jpg or .jpeg: name the folder of the photographs themselves"
+    )
 
 
 def mosaic(tiles: list[Path]) -> bytes:
