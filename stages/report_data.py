@@ -124,7 +124,8 @@ class Reconstruction:
     original: bytes
     decoded: bytes
     caption: str = ""
-    psnr: float | None = None
+    psnr: float
+    """Of the two, in dB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

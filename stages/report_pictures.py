@@ -15,6 +15,7 @@ from stages.contract import Inputs
 from stages.pictures import png
 from stages.prompts import read_prompts
 from stages.report_data import Generated, Interpolation, Picture, Reconstruction, Variation
+from training.metrics.reconstruction import psnr
 
 GRID, RECONSTRUCTED = 48, 8
 
@@ -26,16 +27,16 @@ def reconstructions(inputs: Inputs, data: ColumnSet) -> tuple[Reconstruction, ..
     decoded = np.concatenate([columns.open_array(evaluate.folder, "reconstructed", s.index) for s in shards])
     rows = np.linspace(0, len(data) - 1, len(decoded)).round().astype(int)
     chosen = np.linspace(0, len(decoded) - 1, min(RECONSTRUCTED, len(decoded))).round().astype(int)
-    originals, captions = data.rows("image", rows[chosen]), data.captions(rows[chosen])
-    return tuple(
-        Reconstruction(original=png(a), decoded=png(b), caption=c, psnr=_psnr(a, b))
-        for a, b, c in zip(originals, decoded[chosen], captions, strict=True)
+    originals, copies, captions = (
+        data.rows("image", rows[chosen]),
+        decoded[chosen],
+        data.captions(rows[chosen]),
     )
-
-
-def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else None
+    decibels = psnr(originals, copies).per_image
+    return tuple(
+        Reconstruction(original=png(a), decoded=png(b), caption=c, psnr=float(d))
+        for a, b, c, d in zip(originals, copies, captions, decibels, strict=True)
+    )
 
 
 def drawn_in_training(folder: str) -> Iterable[Picture]:
