@@ -23,6 +23,8 @@ from stages.generate import GenerateConfig
 from stages.spending import PricesConfig
 from stages.text import TextConfig
 from training.metrics import gates
+from training.metrics.catalogue import METRICS
+from training.metrics.extractors import WEIGHTS, weights_of
 from training.systems.clip import ClipConfig
 from training.systems.denoiser import DenoiserConfig
 from training.systems.prior import PriorConfig
@@ -65,6 +67,24 @@ class EvaluationConfig(GenerateConfig, EvaluateConfig):
     @classmethod
     def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(gates.parsed(text).text for text in value)
+
+    @model_validator(mode="after")
+    def _judged_by_what_is_measured(self) -> Self:
+        for gate in map(gates.parsed, self.gates):
+            if not isinstance(gate, gates.Bound) or gate.metric in self.chosen:
+                continue
+            metric = METRICS.get(gate.metric)
+            needed = metric.extractor if metric else "inception" if gate.metric == "vae_rfid" else "clip"
+            kind = weights_of(needed)
+            if kind not in (*self.weights, "clip"):
+                raise ValueError(
+                    f"gate {gate.text!r}: {gate.metric} is measured with evaluate.{kind} alone: {WEIGHTS[kind]}"
+                )
+            if metric:
+                raise ValueError(
+                    f"gate {gate.text!r}: {gate.metric} is measured where evaluate.metrics={gate.metric} asks for it"
+                )
+        return self
 
 
 class Workers(Config):

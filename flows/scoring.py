@@ -29,7 +29,7 @@ class Side:
     """One set of pictures, as far as it is known."""
 
     digest: str
-    """SHA-256 over the pictures' bytes in order, or of the statistics file."""
+    """SHA-256 over the pictures' bytes in order, which statistics of ours tell too; of another statistics file, that of the file."""
     n: int | None
     features: dict[str, np.ndarray]
     """extractor -> (N, D)"""
@@ -62,6 +62,7 @@ def score(
         raise UserError(
             f"--features {features} is no folder of this machine, from which features are mapped into memory"
         )
+    _require_place(save_real)
     files = picture_files(_folder(fake, "--fake"))
     if images_per_prompt < 1 or len(files) % images_per_prompt:
         raise UserError(
@@ -74,7 +75,7 @@ def score(
     extractors = _loaded(names, given)
     if save_real and len(extractors) != 1:
         raise UserError("--save-real keeps the features of one extractor: choose metrics of a single one")
-    warnings: list[str] = []
+    warnings = [] if captions or wanted or "clip" not in given else _lacking_captions(fake, files)
     if images_per_prompt == len(files):
         warnings.append(
             f"--images-per-prompt {images_per_prompt}: all pictures of {fake} share one prompt, so the intervals tell the spread "
@@ -163,14 +164,14 @@ def _kept(place: Path, digest: str) -> Path:
 
 
 def _reference(real: str, extractors: Sequence[Extractor], place: Path, report: Report) -> Side:
-    if Path(real).is_dir():
+    if real and Path(real).is_dir():
         files = picture_files(real)
         digest = _digest(files)
         seen = extract(files, extractors, _kept(place, digest), lambda *n: report("real", *n))
         return Side(digest, len(files), seen.features, {}, seen.sizes)
-    if not Path(real).is_file():
+    if not real or not Path(real).is_file():
         raise UserError(
-            f"--real {real} does not exist: give a folder of pictures or a statistics file (.npz)"
+            f"--real {real or '(nothing)'} does not exist: give a folder of pictures or a statistics file (.npz)"
         )
     side = Side(storage.sha256(real)[1], None, {}, {})
     for extractor in extractors:
@@ -180,6 +181,7 @@ def _reference(real: str, extractors: Sequence[Extractor], place: Path, report: 
             seen = extract_arrays(found.images, extractors, folder, lambda *n: report("real", *n))
             return replace(side, n=len(found.images), features=seen.features)
         references.require_match(found, name=extractor.name, digest=extractor.digest, resize=extractor.resize)
+        side = replace(side, digest=found.source or side.digest)
         if found.features is not None:
             side.features[extractor.name] = found.features
         if found.gaussian is not None:
@@ -273,6 +275,17 @@ def _captions(files: Sequence[Path]) -> list[str] | None:
     return [text.read_text("utf-8", "replace").strip() for text in texts]
 
 
+def _lacking_captions(fake: str, files: Sequence[Path]) -> list[str]:
+    """The sentence for a folder where some pictures have captions, so that the others were forgotten or lost."""
+    lacking = [file for file in files if not file.with_suffix(".txt").is_file()]
+    if len(lacking) == len(files):
+        return []
+    return [
+        f"{len(lacking)} of {len(files)} pictures of {fake} have no caption beside them, {lacking[0].name} for one, so there is no "
+        "clip_score"
+    ]
+
+
 def _require_shared(captions: Sequence[str], files: Sequence[Path], images_per_prompt: int) -> None:
     for at, caption in enumerate(captions):
         first = at - at % images_per_prompt
@@ -290,8 +303,14 @@ def _digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
+def _require_place(save_real: str | None) -> None:
+    """Raises UserError when `--save-real` cannot be written, before all pictures have been looked at."""
+    if save_real and not (folder := references.written_at(save_real).parent).is_dir():
+        raise UserError(f"--save-real {save_real}: there is no folder {folder}; make it, or give another one")
+
+
 def _folder(path: str, option: str) -> str:
-    if not Path(path).is_dir():
-        what = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(f"{option} {path} {what}: give a folder of pictures")
+    if not path or not Path(path).is_dir():
+        what = "is a file" if path and Path(path).exists() else "does not exist"
+        raise UserError(f"{option} {path or '(nothing)'} {what}: give a folder of pictures")
     return path

@@ -28,7 +28,8 @@ from training.systems.unclip import Sampling
 
 MADE = ("generate", "evaluate")
 """The stages of a point; what they read must be in the store."""
-SWEPT = (*Sampling.model_fields, SEED)
+SWEPT = (*(name for name in Sampling.model_fields if name != "guidance_interval"), SEED)
+"""All but a pair of numbers, which is no point on an axis."""
 
 
 def parsed(text: str) -> tuple[str, list[Any]]:
@@ -44,7 +45,8 @@ def parsed(text: str) -> tuple[str, list[Any]]:
             f"--sweep {text} has no values: write {field}=V1,V2,… such as guidance_scale=1,1.5,2,3,5,8"
         )
     try:
-        typed = [getattr(GenerateConfig.model_validate({field: value}), field) for value in values]
+        given = [None if value.lower() in ("none", "null") else value for value in values]
+        typed = [getattr(GenerateConfig.model_validate({field: value}), field) for value in given]
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--sweep {field}={first['input']}: {first['msg'].lower()}") from error
@@ -105,15 +107,16 @@ def _refuse_missing(plan: Plan, run: str) -> None:
         )
 
 
-def _order(value: Any) -> tuple[bool, Any]:
-    return isinstance(value, str), value
+def _order(value: Any) -> tuple[bool, bool, Any]:
+    """Numbers by size, then words; what is switched off comes first of all."""
+    return isinstance(value, str), value is not None, value if value is not None else 0
 
 
 def _point(plan: Plan, value: Any, own: bool) -> Point:
     folder = next(stage.folder for stage in plan.stages if stage.name == "evaluate")
     rows = json.loads(storage.read_bytes(storage.join(folder, SCORES)))["scores"]
     scores = {row["name"]: (row["value"], row["low"], row["high"]) for row in rows}
-    return Point(setting=value, own=own, scores=scores, uri=folder)
+    return Point(setting="none" if value is None else value, own=own, scores=scores, uri=folder)
 
 
 def _write(folder: str, found: Sweep) -> None:

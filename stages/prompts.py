@@ -45,7 +45,7 @@ def listed_prompts(path: str) -> list[Prompt]:
     kind = path.rsplit(".", 1)[-1].lower()
     try:
         found = [_prompt(row) for row in _rows(text, kind)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(
             f"evaluate.prompts={path} holds no prompts ({str(error).splitlines()[0]}): give a .txt with one a line, a .jsonl "
             "with text or caption in each line, or a .tsv or .csv with a column caption"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import UserError
-from training.pretrained import CLIP_CONFIG, CLIP_WEIGHTS, WEIGHT_SUFFIXES, config_of
+from training.pretrained import CLIP_CONFIG, CLIP_WEIGHTS, DAMAGED, WEIGHT_SUFFIXES, config_of, in_one_line
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,15 @@ def from_folder(folder: Path) -> OpenClipTowers:
     config = config_of(folder, CLIP_CONFIG)
     if not any(p.suffix in WEIGHT_SUFFIXES for p in folder.iterdir()):
         raise UserError(f"{folder} has no weights beside its {CLIP_CONFIG}: copy {CLIP_WEIGHTS} there")
-    _require_own_text_tower(config["model_cfg"]["text_cfg"], str(folder))
-    return _with_tokenizer(open_clip.create_model(f"local-dir:{folder}"))
+    try:
+        _require_own_text_tower(config["model_cfg"]["text_cfg"], str(folder))
+        return _with_tokenizer(open_clip.create_model(f"local-dir:{folder}"))
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(
+            f"no CLIP can be loaded from {folder} ({in_one_line(error)}): copy {CLIP_CONFIG} and {CLIP_WEIGHTS} there again"
+        ) from error
 
 
 def repository(name: str) -> str:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data import storage
@@ -28,6 +32,19 @@ CONFIG = "config.json"
 """What diffusers and transformers describe a network in."""
 CLIP_CONFIG = "open_clip_config.json"
 CLIP_WEIGHTS = "open_clip_model.safetensors"
+DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+    StrictDataclassError,
+)
+"""What torch, transformers, diffusers and open_clip were seen to raise of files that are torn, or are something else."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 TEXT_AND_PICTURE_FILES = frozenset(
     {
@@ -86,12 +103,44 @@ def require_safetensors(folder: Path, what: str) -> None:
         )
 
 
+def transformers_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """The network of class `kind` in `folder`, without a bar of progress. Raises UserError when weights of it are not there, or are
+    of another shape, which transformers would draw at random; and one of DAMAGED."""
+    from transformers.utils import logging
+
+    logging.set_tqdm_hook(lambda bar, args, given: bar(*args, **given | {"disable": True}))
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    model, loading = kind.from_pretrained(folder, **checked, **options)
+    require_whole(folder, loading)
+    return model
+
+
+def require_whole(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Raises UserError when a library says in `loading` that the files of `folder` do not hold all of the network's weights."""
+    unfit = [each if isinstance(each, str) else each[0] for each in loading.get("mismatched_keys", ())]
+    lacking = sorted({*loading["missing_keys"], *unfit})
+    if lacking:
+        raise UserError(
+            f"{folder} does not hold the network that its {CONFIG} describes: {len(lacking)} of its weights are not there or have another "
+            f"shape, {lacking[0]} for one; copy all files of one repository there again"
+        )
+
+
+def in_one_line(error: Exception) -> str:
+    """The first 200 characters of what a library says, which may be a page; its kind where it says nothing.
+
+    Not torch's advice to unpickle what is no tensor."""
+    if isinstance(error, UnpicklingError):
+        return "a pickle that is torn, or holds more than tensors"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def config_of(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     """The JSON object in the file `name` of `folder`. Raises UserError when it is not there or is no JSON object."""
     require_file(folder, name)
     try:
         config = json.loads((folder / name).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / name} is not JSON: copy the file again") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / name} is not a JSON object: copy the file again")
@@ -112,7 +161,9 @@ def weights_digest(kind: str, source: str) -> str:
     require_file(folder, config)
     # open_clip keeps its preprocessing in its config and its tokenizer in the library
     kept = {config} if kind == "vae" or config == CLIP_CONFIG else {config, *TEXT_AND_PICTURE_FILES}
-    names = sorted(p.name for p in folder.iterdir() if p.name in kept or p.suffix in WEIGHT_SUFFIXES)
+    names = sorted(
+        p.name for p in folder.iterdir() if p.is_file() and (p.name in kept or p.suffix in WEIGHT_SUFFIXES)
+    )
     lines = [f"{name} {storage.sha256(str(folder / name))[1]}" for name in names]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

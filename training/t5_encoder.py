@@ -17,7 +17,17 @@ from torch import Tensor
 from data.config import Config
 from data.errors import UserError
 from training import hub
-from training.pretrained import DTYPES, Precision, config_of, frozen, local_folder, require_safetensors
+from training.pretrained import (
+    DAMAGED,
+    DTYPES,
+    Precision,
+    config_of,
+    frozen,
+    in_one_line,
+    local_folder,
+    require_safetensors,
+    transformers_model,
+)
 from training.transformers_towers import padded_tokens, require_any
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
@@ -114,12 +124,14 @@ def _loaded(folder: Path, precision: Precision) -> tuple[Any, Any]:
 
     here = {"local_files_only": True}
     try:
-        model = transformers.T5EncoderModel.from_pretrained(
-            folder, **here, use_safetensors=True, dtype=DTYPES[precision]
+        model = transformers_model(
+            transformers.T5EncoderModel, folder, use_safetensors=True, dtype=DTYPES[precision]
         )
         return model, transformers.AutoTokenizer.from_pretrained(folder, **here, padding_side="right")
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except UserError:
+        raise
+    except (*DAMAGED, ImportError) as error:
         raise UserError(
-            f"no T5 can be loaded from {folder} ({str(error).splitlines()[0]}): copy config.json, tokenizer.json, "
+            f"no T5 can be loaded from {folder} ({in_one_line(error)}): copy config.json, tokenizer.json, "
             "tokenizer_config.json and the *.safetensors weights of its repository there again"
         ) from error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from training.pretrained import require_safetensors
+from training.pretrained import DAMAGED, in_one_line, require_safetensors, transformers_model
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, which preprocessor_config.json has, in torch's words."""
@@ -77,12 +77,14 @@ def load(folder: Path, dtype: torch.dtype) -> TransformersTowers:
     require_any(folder, "tokenizer", TOKENIZER_FILES)
     here = {"local_files_only": True}
     try:
-        model = transformers.CLIPModel.from_pretrained(folder, **here, use_safetensors=True, dtype=dtype)
+        model = transformers_model(transformers.CLIPModel, folder, use_safetensors=True, dtype=dtype)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, **here, padding_side="right")
         pictures = transformers.CLIPImageProcessor.from_pretrained(folder, **here)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except DAMAGED as error:
         raise UserError(
-            f"no CLIP can be loaded from {folder} ({str(error).splitlines()[0]}): copy config.json, preprocessor_config.json, "
+            f"no CLIP can be loaded from {folder} ({in_one_line(error)}): copy config.json, preprocessor_config.json, "
             "tokenizer.json and model.safetensors of its repository there again"
         ) from error
     return TransformersTowers(model, tokenizer, _preprocess(pictures, str(folder)))

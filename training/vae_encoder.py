@@ -17,11 +17,14 @@ from training import hub
 from training.pixels import to_uint8, to_unit_range
 from training.pretrained import (
     CONFIG,
+    DAMAGED,
     DTYPES,
     Precision,
     frozen,
+    in_one_line,
     require_safetensors,
     require_uint8,
+    require_whole,
     vae_folder,
 )
 
@@ -109,17 +112,20 @@ def _loaded(folder: Path, dtype: torch.dtype) -> Any:
         name = diffusers.AutoencoderKL.load_config(folder, **here).get("_class_name", KINDS[0])
         if name not in KINDS:
             raise UserError(f"{folder} holds a {name}: give a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-        return getattr(diffusers, name).from_pretrained(
+        vae, loading = getattr(diffusers, name).from_pretrained(
             folder,
             **here,
             torch_dtype=dtype,
             use_safetensors=True,
             low_cpu_mem_usage=False,  # the other way needs `accelerate`
+            output_loading_info=True,
         )
+        require_whole(folder, loading)
+        return vae
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except DAMAGED as error:
         raise UserError(
-            f"no VAE can be loaded from {folder} ({str(error).splitlines()[0]}): copy {CONFIG} and "
+            f"no VAE can be loaded from {folder} ({in_one_line(error)}): copy {CONFIG} and "
             "diffusion_pytorch_model.safetensors of its repository there again"
         ) from error

@@ -130,6 +130,22 @@ def test_a_malformed_gate_is_refused_with_the_settings(gates, sentence):
         edited(demo(), [f"evaluate.gates={gates}"])
 
 
+@pytest.mark.parametrize(
+    ("gate", "sentence"),
+    [
+        ("fid <= 3", "fid is measured with evaluate.inception alone: the file pt_inception"),
+        ("vae_rfid <= 3", "vae_rfid is measured with evaluate.inception alone"),
+        ("fd_dinov2 <= 3", "fd_dinov2 is measured with evaluate.dinov2 alone"),
+        ("caption_recall_1 >= 0.5", "measured where evaluate.metrics=caption_recall_1 asks for it"),
+    ],
+)
+def test_a_gate_on_what_is_not_measured_is_refused_before_a_run_and_not_by_its_report(gate, sentence):
+    with pytest.raises(UserError, match=sentence):
+        edited(demo(), [f"evaluate.gates={gate}"])
+    given = ("inception=weights.pth", "dinov2=folder", "metrics=caption_recall_1")
+    edited(demo(), [f"evaluate.gates={gate}", *(f"evaluate.{setting}" for setting in given)])
+
+
 def test_gates_are_a_list_or_a_line():
     wanted = ("fd_clip <= 12", "not worse than demo-1")
     for text in ('["fd_clip <= 12", "not worse than demo-1"]', "fd_clip <= 12, not worse than demo-1"):

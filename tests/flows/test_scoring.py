@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import socket
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def test_captions_beside_the_pictures_add_the_clip_score(tmp_path, clip, scores)
     assert 0 < found["caption_recall_10"]["value"] <= 1
 
 
-def test_saved_statistics_give_what_the_folder_gave(folders, clip, scores, tmp_path):
+def test_saved_statistics_give_what_the_folder_gave(folders, clip, scores, complaint, tmp_path):
     line = ("--fake", folders[1], "--extractor", f"clip={clip}")
     first = scores("--real", folders[0], *line, "--save-real", tmp_path / "real.npz")
     told = json.loads((tmp_path / "real.json").read_text())
@@ -144,6 +145,57 @@ def test_saved_statistics_give_what_the_folder_gave(folders, clip, scores, tmp_p
     again = scores("--real", tmp_path / "real.npz", *line)
     for name in ("fd_clip", "cmmd"):
         assert again[name]["value"] == pytest.approx(first[name]["value"], rel=1e-9)
+        assert again[name]["protocol"] == first[name]["protocol"], "they compare"
+    np.savez(tmp_path / "real.npz", mu=np.zeros(8), sigma=np.eye(8))
+    assert "real.json tells of another file than" in complaint("--real", tmp_path / "real.npz", *line)
+
+
+def test_a_place_that_cannot_keep_statistics_is_refused_before_pictures_are_looked_at(
+    folders, clip, complaint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(extractors, "load", None)
+    line = ("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={clip}", "--metrics=fd_clip")
+    assert "there is no folder" in complaint(*line, "--save-real", tmp_path / "absent" / "real.npz")
+
+
+def test_pictures_are_never_left_out_in_silence(folders, clip, complaint):
+    line = ("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={clip}")
+    odd = folders[1] / "9999.png"
+    odd.symlink_to("nowhere.png")
+    assert f"{odd} is no file, or a link that leads to none" in complaint(*line)
+    odd.unlink()
+    os.mkfifo(odd)
+    assert f"{odd} is no file" in complaint(*line)
+    odd.unlink()
+    for target in (folders[0], folders[1]):  # another folder, and a loop
+        (folders[1] / "more").symlink_to(target)
+        assert "more is a link to a folder, which would not be followed" in complaint(*line)
+        (folders[1] / "more").unlink()
+
+
+def test_a_picture_that_no_memory_holds_is_refused_by_its_header(folders, clip, complaint):
+    line = ("--real", folders[0], "--fake", folders[1], "--extractor", f"clip={clip}")
+    strip, vast = folders[1] / "strip.png", folders[1] / "vast.png"
+    Image.new("RGB", (4000, 2)).save(strip)
+    assert "strip.png is no picture to be scored (4000x2 is longer than 200 to 1)" in complaint(*line)
+    strip.unlink()
+    Image.new("1", (20_000, 20_000)).save(vast)
+    assert "vast.png is no picture to be scored (the header announces 20000x20000" in complaint(*line)
+
+
+def test_no_folder_is_not_the_one_that_one_stands_in(folders, clip, complaint, monkeypatch):
+    monkeypatch.chdir(folders[0])
+    given = ("--extractor", f"clip={clip}")
+    assert "--fake (nothing) does not exist" in complaint("--real", folders[0], "--fake", "", *given)
+    assert "--real (nothing) does not exist" in complaint("--real", "", "--fake", folders[1], *given)
+
+
+def test_a_caption_that_is_missing_is_said(tmp_path, clip, scores):
+    real, fake = draw(tmp_path / "real", 12, 0), draw(tmp_path / "fake", 12, 1, captions=True)
+    (fake / "0007.txt").unlink()
+    found = scores("--real", real, "--fake", fake, "--extractor", f"clip={clip}")
+    assert "clip_score" not in found
+    assert any("1 of 12 pictures of" in said and "0007.png" in said for said in found["warnings"])
 
 
 def test_a_mean_and_a_covariance_are_enough_for_a_frechet_distance(

@@ -116,6 +116,15 @@ def test_seeds_are_swept_for_what_chance_does(root, made, capsys):
     assert "drawn from seeds 0, 1" in page and '<th scope="row">fd_clip</th>' in page
 
 
+@pytest.mark.slow
+def test_what_the_run_has_switched_off_is_a_point_too(root, made, capsys):
+    line = ["evaluate", "latest", f"--root={root}", "--sweep=threshold_percentile=99.5"]
+    assert cli.main([*line, "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert made == ["generate", "evaluate"]
+    assert [(point["setting"], point["own"]) for point in points] == [("none", True), (99.5, False)]
+
+
 @pytest.mark.parametrize(
     ("sweep", "sentence"),
     [
@@ -124,6 +133,12 @@ def test_seeds_are_swept_for_what_chance_does(root, made, capsys):
         ("guidance_scale", "has no values: write guidance_scale=V1,V2"),
         ("guidance_scale=", "has no values"),
         ("guidance_scale=1,-2", "--sweep guidance_scale=-2: input should be greater than or equal to 0"),
+        ("guidance_interval=0,500", "sampling has no such setting"),
+        (
+            "threshold_percentile=none,101",
+            "threshold_percentile=101: input should be less than or equal to 100",
+        ),
+        ("seed=none", "--sweep seed=None: input should be a valid integer"),
         ("num_inference_steps=1.5", "--sweep num_inference_steps=1.5: input should be a valid integer"),
     ],
 )

@@ -35,6 +35,8 @@ def test_a_manifest_is_read_as_people_have_them(tmp_path, name, text):
         ("p.csv", "id,text_of\n1,a star\n", "a column caption"),
         ("p.jsonl", "a star\n", "holds no prompts"),
         ("p.jsonl", "[1]\n", "holds no prompts"),
+        ("p.csv", "caption\n" + "x" * 200_000, "holds no prompts"),
+        ("p.jsonl", "[" * 100_000, "holds no prompts"),
         ("p.tsv", "caption\tx\n \t1\n", "prompt 1 is empty"),
     ],
 )

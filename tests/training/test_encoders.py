@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from training.encoders import ClipEncoder, T5Encoder, VaeEncoder, weights_digest
+from training.metrics.dinov2 import load_dinov2
 from training.pixels import preprocessed, to_uint8, to_unit_range
 from training.pretrained import DTYPES
 from training.t5_encoder import by_length
@@ -410,6 +411,61 @@ def test_an_incomplete_t5_is_refused_by_what_it_lacks(missing, t5_folder, tmp_pa
     (folder / missing).unlink()
     with pytest.raises(UserError, match=missing.split(".")[-1]):
         T5Encoder.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("load", "folder", "weights"),
+    [
+        (ClipEncoder.load, "clip_folder", "open_clip_model.safetensors"),
+        (ClipEncoder.load, "transformers_clip_folder", "model.safetensors"),
+        (T5Encoder.load, "t5_folder", "model.safetensors"),
+        (VaeEncoder.load, "vae_folder", "diffusion_pytorch_model.safetensors"),
+        (load_dinov2, "dinov2_folder", "model.safetensors"),
+    ],
+)
+def test_weights_that_are_torn_or_not_all_there_are_refused_and_none_is_drawn_at_random(
+    load, folder, weights, request, tmp_path
+):
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
+    held = load_file(copy / weights)
+    lost = sorted(name for name in held if "bias" in name)[0]
+    save_file({name: held[name] for name in held if name != lost}, copy / weights, {"format": "pt"})
+    with pytest.raises(UserError, match=lost.split(".")[-2]):
+        load(str(copy))
+    content = (copy / weights).read_bytes()
+    for torn in (content[: len(content) // 2], b"", b"<html>"):
+        (copy / weights).write_bytes(torn)
+        with pytest.raises(UserError, match="can be loaded") as refused:
+            load(str(copy))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config", ["{}", '{"model_cfg": []}', "[" * 100_000, '{"model_cfg": {"text_cfg": 5}}']
+)
+def test_a_clip_whose_config_is_none_is_refused(config, clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder, tmp_path / "copy")
+    (copy / "open_clip_config.json").write_text(config)
+    with pytest.raises(UserError, match="copy"):
+        ClipEncoder.load(str(copy))
+
+
+def test_a_pickle_with_code_is_not_run_and_nobody_is_told_to(clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder, tmp_path / "copy")
+    (copy / "open_clip_model.safetensors").unlink()
+    torch.save({"a": Path("code")}, copy / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        ClipEncoder.load(str(copy))
+
+
+def test_a_network_of_another_width_than_its_weights_is_refused(dinov2_folder, tmp_path):
+    copy = shutil.copytree(dinov2_folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    for wrong, words in ((32, "have another shape"), ("x", "can be loaded")):
+        (copy / "config.json").write_text(json.dumps(config | {"hidden_size": wrong}))
+        with pytest.raises(UserError, match=words) as refused:
+            load_dinov2(copy)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_clip_is_no_t5(transformers_clip_folder):

@@ -17,7 +17,7 @@ import numpy as np
 from training.metrics import kernel, retrieval
 from training.metrics.clip_score import clip_score
 from training.metrics.extrapolation import frechet_at_infinity
-from training.metrics.frechet import Gaussian
+from training.metrics.frechet import Gaussian, require_covariance
 from training.metrics.inception_score import inception_score
 from training.metrics.intervals import Deletions, Estimate, frechet_estimate, share_interval, wilson_interval
 from training.metrics.moments import Accumulate, accumulate_here
@@ -113,6 +113,7 @@ def few(sample: Sample, extractor: str) -> str:
 
 def _frechet(sample: Sample) -> Value:
     reference, accumulate = _given(sample.reference), sample.accumulate
+    require_covariance(reference)
     found = frechet_estimate(
         reference, sample.fake, max_blocks=FRECHET_BLOCKS, group=sample.group, accumulate=accumulate
     )
@@ -130,6 +131,7 @@ def _frechet(sample: Sample) -> Value:
 
 
 def _infinity(sample: Sample) -> Value:
+    require_covariance(_given(sample.reference))
     found = frechet_at_infinity(_given(sample.reference), sample.fake, group=sample.group)
     return Value(
         found.value,

@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UserError
-from training.pretrained import config_of, frozen, require_safetensors, require_uint8, without_tf32
+from training.pretrained import (
+    DAMAGED,
+    config_of,
+    frozen,
+    in_one_line,
+    require_safetensors,
+    require_uint8,
+    transformers_model,
+    without_tf32,
+)
 
 SIDE = 224
 MICRO_BATCH = 16
@@ -34,9 +43,13 @@ def load_dinov2(folder: str | Path) -> Any:
         raise UserError(f"{folder} holds a {kind} and no dinov2: give a folder such as facebook/dinov2-large")
     require_safetensors(Path(folder), "transformers DINOv2")
     try:
-        model = transformers.Dinov2Model.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} holds no DINOv2 that can be loaded ({error}): copy it again") from error
+        model = transformers_model(transformers.Dinov2Model, Path(folder))
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(
+            f"{folder} holds no DINOv2 that can be loaded ({in_one_line(error)}): copy it again"
+        ) from error
     return frozen(model, "cpu")
 
 

@@ -22,12 +22,17 @@ import numpy as np
 from data import images, storage
 from data.errors import SampleError, UserError
 from data.folders import is_image
+from data.image_rules import ImageRules
 from training.metrics.extractors import MICRO_BATCH, Extractor, pictures
 
 log = logging.getLogger("darkroom.score")
 
 BLOCK = 64
 """Rows after which it is told on disk how far extraction has come; a multiple of MICRO_BATCH, so that a batch is never parted."""
+
+LIMITS = ImageRules(max_pixels=2**28, max_bytes=2**30, max_aspect_ratio=200.0)
+"""What a picture's header may announce. A file of a megabyte can hold gigabytes of one colour, and what makes a strip's shorter side
+as long as a network's makes the longer one longer than memory."""
 
 Progress = Callable[[int, int], None]
 """(pictures done, pictures in all)"""
@@ -44,18 +49,39 @@ class Extracted:
 
 
 def picture_files(folder: str | Path) -> list[Path]:
-    """The picture files anywhere under `folder`, sorted by relative path. Raises UserError for fewer than two."""
+    """The picture files anywhere under `folder`, sorted by relative path.
+
+    Raises UserError for fewer than two, and for what would be left out in silence: a picture's name that leads to no file, a link to
+    a folder, and a folder that cannot be read.
+    """
     root = Path(folder)
-    files = sorted(p for p in root.rglob("*") if is_image(p.name) and p.is_file())
+    files = sorted(path for path in _named(root) if is_image(path.name))
     if not any(root.iterdir()):
         raise UserError(f"{folder} is empty: give a folder of pictures")
     if not files:
         raise UserError(f"{folder} has no pictures (.png, .jpg, .webp …): give a folder of pictures")
+    if odd := [path for path in files if not path.is_file()]:
+        raise UserError(f"{odd[0]} is no file, or a link that leads to none: mend or remove it")
     if len(files) == 1:
         raise UserError(
             f"{folder} has one picture, {files[0].name}: a distribution needs many, and two at least"
         )
     return files
+
+
+def _named(root: Path) -> Iterator[Path]:
+    """Whatever lies under `root` and is no folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from error
+
+    for place, folders, names in os.walk(root, onerror=refuse):
+        for name in folders:
+            if (link := Path(place, name)).is_symlink():
+                raise UserError(
+                    f"{link} is a link to a folder, which would not be followed: put its pictures there, or remove it"
+                )
+        yield from (Path(place, name) for name in names)
 
 
 def extract(
@@ -123,7 +149,9 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"features cannot be kept in {folder} ({error}): give another folder") from error
+            raise UserError(
+                f"features cannot be kept in {folder} ({error}): give another place with --features, or make room"
+            ) from error
 
 
 @dataclass
@@ -212,8 +240,14 @@ def _decoded(files: Sequence[Path]) -> list[np.ndarray]:
 
 def _picture(file: Path) -> np.ndarray:
     try:
-        return images.decode(file.read_bytes())
-    except (SampleError, OSError) as error:
+        payload = file.read_bytes()
+        images.admit(payload, LIMITS)
+        return images.decode(payload)
+    except SampleError as error:
+        if error.reason in ("too_many_pixels", "too_many_bytes", "aspect_ratio"):
+            raise UserError(f"{file} is no picture to be scored ({error}): remove it") from error
+        raise UserError(f"{file} is no whole picture ({error}): mend or remove it") from error
+    except OSError as error:
         raise UserError(f"{file} is no whole picture ({error}): mend or remove it") from error
 
 

@@ -186,7 +186,11 @@ def _inception(name: str, path: str, is_custom: bool) -> Extractor:
     try:
         network: Any = _network(path, is_custom)
     except ValueError as error:
-        hint = "" if is_custom else "; for other weights of this network write inception:custom=PATH"
+        hint = (
+            ""
+            if is_custom
+            else "; for other weights of this network write inception:custom=PATH, or evaluate.inception_is_custom=true for a run"
+        )
         raise UserError(f"{error}{hint}") from error
     resize: Any = RESIZE[name]
     look = functools.partial(inception.features, network, resize=resize)

@@ -12,6 +12,7 @@ pass for a model that deserves it, and a regression harder to hide.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,9 +71,12 @@ def parsed(text: str) -> Bound | Against:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METRICS)}"
         raise ValueError(f"gate {text!r}: there is no metric {metric}; {hint}")
     try:
-        return Bound(text, metric, sign, float(number))
+        limit = float(number)
     except ValueError as error:
         raise ValueError(f"gate {text!r}: {number} is no number; {_FORMS}") from error
+    if not math.isfinite(limit):
+        raise ValueError(f"gate {text!r}: {number} is beyond every number, so the gate would judge nothing")
+    return Bound(text, metric, sign, limit)
 
 
 def judge(

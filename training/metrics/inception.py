@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import numpy as np
@@ -16,11 +15,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from training.pretrained import without_tf32
+from training.pretrained import DAMAGED, without_tf32
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -165,7 +163,7 @@ def _check_digest(path: Path, expect_sha256: str) -> None:
     if digest != expect_sha256.lower():
         raise ValueError(
             f"{path} has SHA-256 {digest}, expected {expect_sha256}: "
-            f"FID numbers are comparable only with {WEIGHTS_FILE}; download it again, or pass the digest of your own weights"
+            f"FID numbers are comparable only with {WEIGHTS_FILE}: download it again"
         )
 
 
@@ -176,7 +174,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} is no file of tensors that can be read safely: use {WEIGHTS_FILE}"
         ) from error

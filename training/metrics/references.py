@@ -15,17 +15,30 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data import storage
 from data.errors import UserError
 from training.metrics import extractors, inception
 from training.metrics.extractors import Extractor
 from training.metrics.frechet import Gaussian
 
+_NO_ARRAYS = (
+    OSError,
+    ValueError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    KeyError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise of archives that are torn, locked, packed in unknown ways, or none."""
 PICKLED = {"fid": "inception", "fd_dinov2": "dinov2"}
 """EDM2's names of what it keeps statistics for."""
 _ALLOWED = {
@@ -54,6 +67,8 @@ class Reference:
     """(N, D) float"""
     images: np.ndarray | None = None
     """(N, H, W, 3) uint8"""
+    source: str = ""
+    """Content digest of the pictures, where the file's JSON tells it of this very file."""
 
 
 def read_reference(path: str | Path, extractor: str) -> Reference:
@@ -64,7 +79,7 @@ def read_reference(path: str | Path, extractor: str) -> Reference:
     arrays, told = _arrays(path), _told(path)
     if "arr_0" in arrays and "mu" not in arrays:
         images = arrays["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
             raise UserError(
                 f"{path}: arr_0 is {images.dtype} {images.shape}, not pictures: uint8 (N, H, W, 3)"
             )
@@ -83,6 +98,12 @@ def read_reference(path: str | Path, extractor: str) -> Reference:
             f"{path} has no mu and sigma, no feats and no arr_0 but {', '.join(arrays)}: give another file"
         )
     facts = {name: str(told.get(name, "")) for name in ("extractor", "digest", "resize")}
+    if "sha256" in told:
+        if told["sha256"] != storage.sha256(str(path))[1]:
+            raise UserError(
+                f"{path.with_suffix('.json')} tells of another file than {path}: copy both again, or remove the first"
+            )
+        facts["source"] = str(told.get("reference", ""))
     return Reference(path, gaussian=gaussian, features=features, **facts)
 
 
@@ -122,33 +143,51 @@ def inception_statistics(path: str, weights: str | None = None) -> Gaussian:
 def write_reference(path: str | Path, extractor: Extractor, features: np.ndarray, source: str) -> Path:
     """Writes `features` (N, D) of real pictures as mu, sigma, n and feats, and beside it a JSON file that says by what and of
     what (`source`: their content digest). Returns the path, which ends in .npz. Raises UserError when it cannot be written."""
-    path = Path(path)
-    path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+    path = written_at(path)
     gaussian = Gaussian.fitted(features)
     facts = {"extractor": extractor.name, "digest": extractor.digest, "resize": extractor.resize}
     facts |= {"n": len(features), "reference": source}
     try:
         np.savez(path, mu=gaussian.mean, sigma=gaussian.covariance, n=len(features), feats=features)
+        facts["sha256"] = storage.sha256(str(path))[1]
         path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({(error.strerror or str(error)).lower()})") from error
     return path
 
 
+def written_at(path: str | Path) -> Path:
+    """Where `write_reference` writes what it is told to write to `path`: a name that ends in .npz."""
+    path = Path(path)
+    return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array: give an .npz file with mu and sigma")
-            return {name: file[name] for name in file.files}
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} is a single array: give an .npz file with mu and sigma")
+        with file:
+            return {name: _array(file, name) for name in file.files}
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: give a folder of pictures or an .npz file") from error
-    except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
+    except MemoryError as error:
+        raise UserError(
+            f"{path} announces arrays that do not fit into memory: give statistics, or the pictures as files"
+        ) from error
+    except _NO_ARRAYS as error:
         raise UserError(
             f"{path} is no .npz file of plain arrays: give one, or a folder of pictures"
         ) from error
+
+
+def _array(file: Any, name: str) -> np.ndarray:
+    array = file[name]
+    if not isinstance(array, np.ndarray):  # numpy hands out the bytes of what has no header of an array
+        raise ValueError(f"{name} is no array")
+    return array
 
 
 def _told(path: Path) -> dict[str, Any]:
@@ -157,7 +196,7 @@ def _told(path: Path) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(beside.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{beside} is not JSON: copy it again, or remove it") from error
     return told if isinstance(told, dict) else {}
 

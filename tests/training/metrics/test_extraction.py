@@ -131,7 +131,7 @@ def test_a_full_disk_is_one_sentence_before_a_row_is_written(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"features cannot be kept in .*No space left.*give another folder"):
+    with pytest.raises(UserError, match=r"features cannot be kept in .*No space left.*give another place"):
         extract_arrays(IMAGES, [looking()[0]], tmp_path)
     assert not list(tmp_path.glob("*.json"))
 

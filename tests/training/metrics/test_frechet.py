@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from training.metrics.frechet import Gaussian, frechet_distance
+from training.metrics.frechet import Gaussian, frechet_distance, require_covariance
 from training.metrics.moments import Moments, moments_of, without
 
 
@@ -154,3 +154,22 @@ def test_a_reference_of_unknown_size_is_taken_for_a_whole_population():
     result = frechet_distance(reference, moments_of(draw(500, 20, seed=4)))
     assert result.diagnostics.num_samples == (None, 500)
     assert not result.diagnostics.undersampled
+
+
+def test_a_matrix_that_is_no_covariance_is_refused():
+    mean, wrong = np.zeros(8), np.eye(8)
+    wrong[0, 1] = wrong[1, 0] = 50.0
+    with pytest.raises(ValueError, match="no covariance: eigenvalues that one cannot have"):
+        require_covariance(Gaussian(mean, wrong, None))
+    with pytest.raises(ValueError, match="no covariance of 5 images"):
+        require_covariance(Gaussian(mean, np.eye(8), 5))
+    rows = np.random.default_rng(0).standard_normal((5, 8))
+    require_covariance(Gaussian(mean, np.cov(rows, rowvar=False).astype(np.float32).astype(np.float64), None))
+    require_covariance(Gaussian(mean, np.cov(rows, rowvar=False), 5))
+    require_covariance(Gaussian(mean, np.zeros((8, 8)), None))
+
+
+def test_statistics_beyond_float64_have_no_distance():
+    vast = Gaussian(np.full(8, 1e300), np.eye(8), None)
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="too large"):
+        frechet_distance(vast, Gaussian(np.zeros(8), np.eye(8), None))

@@ -35,6 +35,7 @@ def test_gates_are_read_as_people_write_them():
         ("fd_clip < 12", "cannot be read: write 'METRIC <= NUMBER'"),
         ("fd_clip <= low", "cannot be read"),
         ("fd_clip <= 1.2.3", "1.2.3 is no number"),
+        ("fd_clip <= 1e999", "beyond every number"),
         ("fd_clop <= 12", "there is no metric fd_clop; did you mean fd_clip"),
         ("zzz <= 12", "there are prompt_accuracy, "),
         ("not worse than", "cannot be read"),

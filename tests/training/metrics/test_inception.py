@@ -208,3 +208,10 @@ def test_pictures_in_unit_ranges_are_an_error_and_never_wrapped(low):
     for given in (images, list(images)):
         with pytest.raises(ValueError, match=r"got torch\.float32"):
             features(nn.Identity(), given)
+
+
+@pytest.mark.parametrize("content", [b".", b")R.", b"\x80\x02h\x05.", b"", b"<html>", b"I5\n."])
+def test_a_file_that_is_no_pickle_of_tensors_is_refused_whatever_it_makes_torch_raise(content, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth"):
+        load_inception(tmp_path / "weights.pth", None)

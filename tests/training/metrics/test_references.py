@@ -1,4 +1,6 @@
+import io
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -79,3 +81,43 @@ def test_statistics_that_are_none_are_refused(tmp_path, sigma):
     np.savez(tmp_path / "stats.npz", mu=MEAN, sigma=sigma)
     with pytest.raises(UserError, match="no mean"):
         read_reference(tmp_path / "stats.npz", "inception")
+
+
+def test_archives_that_lie_are_refused_in_a_sentence(tmp_path):
+    """Locked, packed in a way that nobody knows, of an array that no memory holds, of files that are no arrays, or one array."""
+    np.savez(tmp_path / "plain.npz", mu=np.zeros(3), sigma=np.eye(3))
+    plain = (tmp_path / "plain.npz").read_bytes()
+    locked, packed = bytearray(plain), bytearray(plain)
+    for at in range(len(plain) - 4):
+        for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            if plain.startswith(mark, at):
+                locked[at + flags] |= 1
+                packed[at + flags + 2] = 99
+    vast = io.BytesIO()
+    np.lib.format.write_array_header_1_0(vast, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
+    with zipfile.ZipFile(tmp_path / "vast.npz", "w") as file:
+        file.writestr("mu.npy", vast.getvalue())
+    with zipfile.ZipFile(tmp_path / "words.npz", "w") as file:
+        file.writestr("mu", b"words")
+    (tmp_path / "locked.npz").write_bytes(locked)
+    (tmp_path / "packed.npz").write_bytes(packed)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    for name, words in (
+        ("locked.npz", "no .npz file"),
+        ("packed.npz", "no .npz file"),
+        ("words.npz", "no .npz file"),
+        ("vast.npz", "do not fit into memory"),
+        ("single.npy", "a single array"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_reference(tmp_path / name, "clip")
+
+
+def test_pictures_without_pixels_and_a_json_beside_that_is_none_are_refused(tmp_path):
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((4, 0, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="not pictures"):
+        read_reference(tmp_path / "none.npz", "clip")
+    np.savez(tmp_path / "deep.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_reference(tmp_path / "deep.npz", "clip")
