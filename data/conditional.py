@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from fsspec.asyn import sync
 
 from data import storage
+from data.errors import CorruptArtifact
 
 S3 = ("s3://", "s3a://")
 _REFUSED = (HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED)
@@ -36,13 +37,15 @@ def is_supported(url: str) -> bool:
 
 
 def read(url: str) -> Versioned | None:
-    """The file; None where there is none."""
+    """The file; None where there is none. Raises CorruptArtifact where a folder lies in its place."""
     try:
         if not storage.is_local(url):
             return sync(_place(url)[0].loop, _get, url)
         payload = storage.read_bytes(url)
     except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise CorruptArtifact(f"{url} is a folder where a file belongs: remove it") from error
     return Versioned(payload, _version(payload))
 
 

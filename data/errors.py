@@ -21,6 +21,12 @@ NO_PLACE_TO_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EA
 """`OSError.errno`s of a full or forbidden destination: no second attempt helps, the user has to make room."""
 
 
+def no_place(error: OSError, where: str) -> str:
+    """What to tell of an error in NO_PLACE_TO_WRITE: the file that it names, or `where`, and what to do."""
+    trouble = (error.strerror or str(error)).lower()
+    return f"{error.filename or where}: {trouble}; mend that and run the same command again, finished work is kept"
+
+
 class DarkroomError(Exception):
     """Root of every error that Darkroom raises on purpose."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -60,10 +61,18 @@ def _word(name: str) -> str:
     return _below(name)
 
 
+def _moment(text: str) -> str:
+    if text:
+        datetime.fromisoformat(text)
+    return text
+
+
 Inside = Annotated[str, AfterValidator(_below)]
 """A relative path that stays below its folder."""
 Word = Annotated[str, AfterValidator(_word)]
 """A name that is one part of a path."""
+Moment = Annotated[str, AfterValidator(_moment)]
+"""ISO 8601, or empty where it is not known."""
 
 
 class FileRecord(Config):
@@ -133,7 +142,7 @@ class Snapshot(Config):
     facts: dict[str, Any] = Field(
         {}, description="small measured facts that readers need: sizes, scales, scores"
     )
-    created: str = Field("", description="UTC, ISO 8601; not part of the digest")
+    created: Moment = Field("", description="UTC, ISO 8601; not part of the digest")
     seconds: float = Field(0.0, description="wall time of the run that published; not part of the digest")
     device_seconds: dict[str, float] = Field(
         {},

@@ -244,7 +244,7 @@ def _schedule_commands(commands: Any) -> None:
     )
     _deployment_options(serve)
     serve.add_argument(
-        "--port", type=_positive, default=4200, metavar="N", help="of the server, on loopback (default: 4200)"
+        "--port", type=_port, default=4200, metavar="N", help="of the server, on loopback (default: 4200)"
     )
     serve.add_argument(
         "--home",
@@ -345,6 +345,13 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: write a whole number from 1 to 65535")
     return value
 
 

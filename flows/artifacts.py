@@ -164,15 +164,15 @@ def _made(folder: str, fingerprint: str) -> Snapshot | None:
 def _earlier(root: str, run: str) -> list[str]:
     """Runs of the same recipe that ended before, the oldest first."""
     ended = runs.finished(root)
-    recipe = ended[run]["recipe"]["name"]
-    before = [name for name in ended if name != run and ended[name]["recipe"]["name"] == recipe]
-    return sorted(before, key=lambda name: ended[name]["finished"])[-PAST_RUNS:]
+    recipe = ended[run]["recipe"].get("name")
+    before = [name for name in ended if name != run and ended[name]["recipe"].get("name") == recipe]
+    return sorted(before, key=lambda name: str(ended[name].get("finished")))[-PAST_RUNS:]
 
 
 def _measured(root: str, name: str) -> dict[str, Measured] | None:
     try:
         return measured_of(root, name)
-    except UserError:
+    except (UserError, CorruptArtifact):
         return None
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from data.errors import NO_PLACE_TO_WRITE, DarkroomError
+from data.errors import NO_PLACE_TO_WRITE, DarkroomError, no_place
 from data.urls import redacted, refuse_credentials
 from flows.arguments import parser
 from stages import logs
@@ -33,11 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in NO_PLACE_TO_WRITE:
             raise
         root = getattr(arguments, "root", None)
-        where = error.filename or (f"--root {root}" if root else "here")
-        return _complain(
-            f"{where}: {(error.strerror or str(error)).lower()}; mend that and run the same command again, finished work is kept",
-            1,
-        )
+        return _complain(no_place(error, f"--root {root}" if root else "here"), 1)
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -7,9 +7,10 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from data import storage
-from data.errors import UserError
-from data.stored import under
+from data.errors import CorruptArtifact, UserError
 from flows import runs
 from flows.recipes import Recipe
 from stages.contract import InputRef
@@ -56,14 +57,12 @@ def measured_of(root: str, name: str) -> dict[str, Measured]:
     if name.endswith(".json"):
         return _scored(name)
     record = runs.find(root, name)
-    folder = record.get("folders", {}).get("evaluate")
-    path = folder and storage.join(under(root, folder), SCORES)
-    if not path or not storage.exists(path):
+    folder = record["folders"].get("evaluate")
+    if not folder or not storage.exists(storage.join(folder, SCORES)):
         raise UserError(
             f"run {record['run']} has no evaluation: run its recipe again without --until or --only"
         )
-    rows = json.loads(storage.read_bytes(path))["scores"]
-    if any("protocol" not in row for row in rows):
+    if any("protocol" not in row for row in _rows(folder)):
         raise UserError(f"run {record['run']} was evaluated without protocols: run its recipe again")
     return measured_in(folder)
 
@@ -85,9 +84,24 @@ def _scored(path: str) -> dict[str, Measured]:
 
 
 def measured_in(folder: str) -> dict[str, Measured]:
-    """The scores of the evaluation that lies in `folder`."""
-    rows = json.loads(storage.read_bytes(storage.join(folder, SCORES)))["scores"]
-    return {row["name"]: Measured.model_validate(row) for row in rows}
+    """The scores of the evaluation that lies in `folder`. Raises CorruptArtifact where they cannot be read."""
+    try:
+        return {row["name"]: Measured.model_validate(row) for row in _rows(folder)}
+    except (KeyError, ValidationError) as error:
+        raise _unreadable(folder) from error
+
+
+def _rows(folder: str) -> list[dict[str, Any]]:
+    try:
+        return [{**row} for row in json.loads(storage.read_bytes(storage.join(folder, SCORES)))["scores"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(folder) from error
+
+
+def _unreadable(folder: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        f"{storage.join(folder, SCORES)} holds no scores: run `darkroom verify --repair {folder}`"
+    )
 
 
 def baselines_of(recipe: Recipe, root: str) -> dict[str, InputRef]:

@@ -22,7 +22,7 @@ from pydantic import Field
 from rich.console import Console
 
 from data import storage
-from data.errors import DarkroomError, UserError
+from data.errors import NO_PLACE_TO_WRITE, DarkroomError, UserError, no_place
 from data.lease import Owner, lease
 from data.urls import redacted, refuse_credentials
 from flows import artifacts, embedded_prefect, keeping, places, pointers, promoting, refreshing, runs
@@ -146,6 +146,10 @@ def _ended(asked: StoreParameters, work: Callable[[], str]) -> State[Any]:
         return Cancelled(message=redacted(str(error)))
     except (DarkroomError, FloatingPointError) as error:
         return Failed(message=redacted(str(error)))
+    except OSError as error:
+        if error.errno not in NO_PLACE_TO_WRITE:
+            raise
+        return Failed(message=redacted(no_place(error, asked.root)))
 
 
 def _carried_out(plan: Plan, address: str, *, until: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,7 +20,13 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRu
 from prefect.client.schemas.sorting import DeploymentSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-from prefect.exceptions import MissingFlowError, ObjectNotFound, PrefectHTTPStatusError, ScriptError
+from prefect.exceptions import (
+    MissingFlowError,
+    ObjectAlreadyExists,
+    ObjectNotFound,
+    PrefectHTTPStatusError,
+    ScriptError,
+)
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.callables import parameter_schema
@@ -39,6 +45,13 @@ ZOMBIES = "darkroom: a run whose process has gone is crashed"
 HEARTBEAT_SECONDS = 30
 """The least that Prefect allows; `prefect.yaml` gives it to every run."""
 MISSED = timedelta(seconds=4 * HEARTBEAT_SECONDS)
+KEYS = (
+    "name", "entrypoint", "description", "tags", "parameters", "enforce_parameter_schema", "concurrency_limit", "work_pool",
+    "schedules",
+)  # fmt: skip
+"""Of a deployment in the file, what is applied; of a schedule, its timing and what stands beside it."""
+TIMINGS = ("cron", "interval", "rrule")
+SCHEDULE_KEYS = ("slug", *TIMINGS, "timezone", "day_or", "anchor_date", "active", "parameters")
 EPOCH = "2020-01-01T00:00:00+00:00"
 """Where an interval counts from, unless the file says: one that counted from now would change with every deploy."""
 
@@ -63,6 +76,7 @@ def deploy(file: Path, fill: Mapping[str, str], *, prune: bool = False) -> list[
     server answers.
     """
     wanted = [_read(entry, fill) for entry in _entries(file)]
+    _refuse_twice(file, [f"{flow.name}/{each['name']}" for flow, each in wanted])
     with server() as client:
         pools = sorted({each["work_pool_name"] for _, each in wanted})
         done = [_apply_pool(client, name) for name in pools]
@@ -100,18 +114,37 @@ def server() -> Iterator[SyncPrefectClient]:
             "no Prefect server is named: set PREFECT_API_URL, such as http://127.0.0.1:4200/api, or use `darkroom serve`"
         )
     with get_client(sync_client=True) as client:
-        if trouble := client.api_healthcheck():
+        if trouble := _trouble(client):
             raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers there ({trouble})")
         yield client
+
+
+def _trouble(client: SyncPrefectClient) -> Exception | str | None:
+    """Why what listens there is no server's API; its pages answer to everything."""
+    try:
+        if trouble := client.api_healthcheck():
+            return trouble
+        client.api_version()
+    except ValueError:
+        return "it answers with a page: an address of the API ends in /api"
+    return None
+
+
+def _refuse_twice(file: Path, names: Sequence[str]) -> None:
+    """A deployment that a file has twice would be changed from one to the other by every deploy."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"{file}: {', '.join(twice)} is there twice: give each deployment of a flow its own name"
+        )
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(file.read_text())["deployments"]
-        named = [(entry["name"], entry["entrypoint"], entry["work_pool"]["name"]) for entry in entries]
+        named = [(each["name"], each["entrypoint"], each["work_pool"]["name"]) for each in _listed(entries)]
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): give a prefect.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -123,10 +156,18 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _listed(entries: Any) -> list[dict[str, Any]]:
+    if not isinstance(entries, list):
+        raise TypeError
+    return entries
+
+
 def _read(entry: Mapping[str, Any], fill: Mapping[str, str]) -> tuple[Flow[..., Any], dict[str, Any]]:
     """The flow of an entry and its deployment, which the server has no reason to refuse."""
     flow = _flow(entry["entrypoint"])
     try:
+        _refuse_keys(entry, KEYS)
+        _refuse_keys(entry["work_pool"], ("name", "job_variables"))
         wanted = _wanted(entry, flow, fill)
         DeploymentCreate(flow_id=uuid4(), **wanted)
         for given in (wanted["parameters"], *(each.parameters for each in wanted["schedules"])):
@@ -138,6 +179,12 @@ def _read(entry: Mapping[str, Any], fill: Mapping[str, str]) -> tuple[Flow[..., 
             f"deployment {flow.name}/{entry['name']}: {_line(error)}; {FILE.name} of the checkout shows how each key is written"
         ) from error
     return flow, wanted
+
+
+def _refuse_keys(entry: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises where something of the file would silently not be applied, such as a key that is misspelt."""
+    if unknown := sorted({*map(str, entry)} - {*known}):
+        raise ValueError(f"{', '.join(unknown)} is not applied, only {', '.join(known)}")
 
 
 def _refuse_unknown(parameters: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
@@ -162,7 +209,10 @@ def _apply_pool(client: SyncPrefectClient, name: str) -> Applied:
         return Applied("work pool", name, "unchanged")
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+        try:
+            client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+        except ObjectAlreadyExists:  # another deploy was faster
+            return Applied("work pool", name, "unchanged")
         return Applied("work pool", name, "created")
 
 
@@ -252,7 +302,7 @@ def _wanted(entry: Mapping[str, Any], flow: Flow[..., Any], fill: Mapping[str, s
             collision_strategy=limit.get("collision_strategy", "ENQUEUE"),
             grace_period_seconds=limit.get("grace_period_seconds"),
         ),
-        "schedules": [_schedule(each, run) for each in entry.get("schedules") or ()],
+        "schedules": _schedules(entry.get("schedules") or (), run),
         "pull_steps": [],
     }
 
@@ -264,8 +314,18 @@ def _filled(run: Mapping[str, Any], schema: Mapping[str, Any], fill: Mapping[str
     return {**{key: value for key, value in fill.items() if key in takes}, **run}
 
 
+def _schedules(entries: Sequence[Any], run: Mapping[str, Any]) -> list[DeploymentScheduleCreate]:
+    found = [_schedule(each, run) for each in entries]
+    if len({each.slug for each in found}) < len(found):
+        raise ValueError(f"schedules {', '.join(str(each.slug) for each in found)}: give each its own slug")
+    return found
+
+
 def _schedule(entry: Mapping[str, Any], run: Mapping[str, Any]) -> DeploymentScheduleCreate:
     try:
+        _refuse_keys(entry, SCHEDULE_KEYS)
+        if sum(key in entry for key in TIMINGS) != 1 or not isinstance(entry["slug"], str):
+            raise ValueError(f"it has {', '.join(key for key in entry if key != 'slug')}")
         timing = {key: entry[key] for key in ("timezone", "day_or") if key in entry}
         if "cron" in entry:
             schedule = CronSchedule(cron=entry["cron"], **timing)

@@ -32,7 +32,7 @@ def draw(
 ) -> list[Path]:
     """Writes `count` PNGs per prompt under `out`; returns their paths. `changes` that are not None replace the run's sampling."""
     folders = trained_parts(record)
-    evaluation = record["recipe"]["evaluate"]
+    evaluation = record["recipe"].get("evaluate") or {}
     chosen = {name: evaluation[name] for name in Sampling.model_fields if name in evaluation} | {
         k: v for k, v in changes.items() if v is not None
     }

@@ -278,7 +278,7 @@ def _told(artifact: Artifact, made: Snapshot | None, defaults: Mapping[str, Any]
 
 def _source(made: Snapshot) -> Source | None:
     given = made.facts.get("source")
-    if given is None:
+    if not isinstance(given, Mapping):
         return None
     path = given.get("path")
     looked = path is not None and storage.is_local(path) and "{" not in path

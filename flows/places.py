@@ -13,6 +13,10 @@ def checked_root(root: str) -> str:
     """The root as an absolute path or URL; whether it can be written is seen by what writes."""
     if not root:
         raise UserError("--root is empty: give a folder, which is made when it is missing")
+    if root.startswith("memory://"):
+        raise UserError(
+            f"--root {root} is this process's own memory, which no worker sees: give a folder or s3://…"
+        )
     if not storage.is_local(root):
         return _reachable(root.rstrip("/"))
     try:

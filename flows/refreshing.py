@@ -92,9 +92,9 @@ def _parts(root: str, holder: str, run: RefreshParameters) -> dict[str, InputRef
     """The holder's trained parts as far as stages of ours made them and `run` names no others."""
     record = runs.find(root, holder)
     recipe = assignments.edited(recipes.find(run.recipe), run.assignments)
-    if record["recipe"]["name"] != recipe.name:
+    if (then := record["recipe"].get("name")) != recipe.name:
         raise UserError(
-            f"production is {holder}, a run of {record['recipe']['name']}: refresh that recipe, or promote a run of {recipe.name}"
+            f"production is {holder}, a run of {then}: refresh that recipe, or promote a run of {recipe.name}"
         )
     folders = {**record["external"], **record["folders"]}
     given = {kind for kind in ENCODERS if getattr(recipe, kind).pretrained}

@@ -12,10 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from data import storage
 from data.errors import CorruptArtifact, DarkroomError, GateFailed, StageFailed, UserError
 from data.lease import Owner, lease, this_process
 from data.manifest import load_snapshot
+from data.stored import under
 from flows import console, embedded_prefect, pins, pointers, weights
 from flows.graph import refuse_too_few
 from flows.plan import Plan, PlannedStage
@@ -33,6 +36,41 @@ KEEPING = ".keeping"
 PATIENCE_SECONDS = 600.0
 STARTED = "started.json"
 """Of a run that has not ended: what it works on, and who it is. `gc` keeps that."""
+
+
+class _Stage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    name: str
+    status: str
+
+
+class _Record(BaseModel):
+    """What everyone who reads `run.json` relies on."""
+
+    model_config = ConfigDict(extra="allow")
+    run: str
+    root: str = ""
+    """Where it was made; the root may have been moved since."""
+    stages: list[_Stage] = []
+    folders: dict[str, str] = {}
+    external: dict[str, str] = {}
+    recipe: dict[str, Any] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    report: str | None = None
+
+    def at(self, root: str, name: str) -> dict[str, Any]:
+        """The record, its places under `root` where they lay under the root that the run was made in."""
+        own = f"{self.root}/"
+        external = {
+            r: under(root, f) if self.root and f.startswith(own) else f for r, f in self.external.items()
+        }
+        moved = {
+            "root": root,
+            "folders": {stage: under(root, folder) for stage, folder in self.folders.items()},
+            "external": external,
+            "report": self.report and storage.join(root, name, "report.html"),
+        }
+        return self.model_dump() | moved
 
 
 def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) -> dict[str, Any]:
@@ -59,7 +97,7 @@ def carry_out(plan: Plan, *, names: Sequence[str], address: str, verbose: bool) 
         for stage in wanted
     ]
     record = {"run": plan.run, "root": plan.root, "stages": stages, **_outcome(plan)}
-    if pending or not storage.exists(storage.join(plan.root, plan.run, RECORD)):
+    if pending or not _is_kept(plan):
         _keep(plan, record, time.monotonic() - started)
     storage.write_bytes(storage.join(plan.root, pointers.LATEST), plan.run.encode())
     storage.remove(storage.join(plan.root, plan.run, STARTED))
@@ -104,9 +142,8 @@ def find(root: str, name: str) -> dict[str, Any]:
         )
         raise UserError(f"there is no run {name!r} under {root}; {there}")
     try:
-        record = json.loads(storage.read_bytes(path))
-        return record | {"run": record["run"]}
-    except (KeyError, TypeError, ValueError) as error:
+        return _Record.model_validate_json(storage.read_bytes(path)).at(root, name)
+    except (IsADirectoryError, ValueError) as error:
         raise CorruptArtifact(
             f"{path} is no record of a run: remove it and run its recipe again, finished work is kept"
         ) from error
@@ -119,6 +156,13 @@ def finished(root: str) -> dict[str, dict[str, Any]]:
         with suppress(UserError, CorruptArtifact):
             found[name] = find(root, name)
     return found
+
+
+def _is_kept(plan: Plan) -> bool:
+    """Whether the record of the plan's run is there and can be read."""
+    with suppress(UserError, CorruptArtifact):
+        return bool(find(plan.root, plan.run))
+    return False
 
 
 def named(root: str, name: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.errors import StageFailed, UserError
+from data.lease import Owner, lease
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
@@ -32,10 +33,12 @@ def serve(
 ) -> None:
     """Runs a server with its database under `home` and a worker of `pool`, until Ctrl-C or SIGTERM; ends both.
 
-    `deploy` is called when the server answers, with PREFECT_API_URL set; `ready` when the worker has been started. Raises
-    UserError where the port is taken, StageFailed where one of the two ends by itself.
+    `deploy` is called when the server answers, with PREFECT_API_URL set; `ready` when the worker has been started. What an
+    earlier one that was killed left running under `home` is ended first; flow runs go on. Raises UserError where the port is
+    taken or another one serves from `home`, StageFailed where one of the two ends by itself.
     """
-    with _signalled() as stopped, server(home, port) as (url, of_server):
+    _make_home(home)
+    with _signalled() as stopped, _only(home), server(home, port) as (url, of_server):
         os.environ["PREFECT_API_URL"] = url
         deploy()
         with worker(home, url, pool) as of_worker:
@@ -47,6 +50,45 @@ def serve(
                             f"the Prefect {name} ended with exit code {process.returncode}; {home / name}.log says why"
                         )
             _cancel_runs(pool)
+
+
+def _make_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--home {home} is no folder and cannot become one: give another") from error
+
+
+@contextmanager
+def _only(home: Path) -> Iterator[None]:
+    """The only `serve` of `home`: two servers would wait for each other over its SQLite file, and start every run twice."""
+
+    def refuse(owner: Owner) -> None:
+        raise UserError(
+            f"process {owner.pid} on {owner.host} serves from {home} already: end it, or give another --home and --port"
+        )
+
+    with lease(str(home), waiting=refuse):
+        for name in ("server", "worker"):
+            _end_left(home, name)
+        yield
+
+
+def _end_left(home: Path, name: str) -> None:
+    """Ends the server or worker of a `serve` that was killed. Not what that worker had started: a run goes on by itself."""
+    note = home / f"{name}.pid"
+    with suppress(OSError, ValueError):
+        pid = int(note.read_text())
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if f"PREFECT_HOME={home}".encode() in environment and {b"prefect", name.encode()} <= {*command}:
+            ending = [pid, *_children(pid)] if name == "server" else [pid]
+            for each in ending:
+                os.kill(each, signal.SIGKILL)
+            deadline = time.monotonic() + LAST_SECONDS
+            while any(map(_lives, ending)) and time.monotonic() < deadline:  # until its port is free
+                time.sleep(0.05)
+    note.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -92,10 +134,13 @@ def _running(
             stderr=log,
             start_new_session=True,
         )
+    note = home / f"{name}.pid"
     try:
+        note.write_text(str(process.pid))
         yield process
     finally:
         _end(process, patience)
+        note.unlink(missing_ok=True)
 
 
 def _cancel_runs(pool: str) -> None:
@@ -126,7 +171,7 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     """
     deadline, asked = time.monotonic() + patience, -math.inf
     while process.poll() is None and (now := time.monotonic()) < deadline:
-        if asked < 0 or (now - asked > IDLE_END_SECONDS and not _has_children(process.pid)):
+        if asked < 0 or (now - asked > IDLE_END_SECONDS and not _children(process.pid)):
             process.terminate()
             asked = now
         with suppress(subprocess.TimeoutExpired):
@@ -140,9 +185,18 @@ def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     process.wait()
 
 
-def _has_children(pid: int) -> bool:
+def _children(pid: int) -> list[int]:
     with suppress(OSError):
-        return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+        return [
+            int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()
+        ]
+    return []
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process has not ended yet, or still lets go of its ports; one that nobody waited for has."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 

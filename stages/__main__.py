@@ -80,6 +80,10 @@ def _read(uri: str) -> StageSpec:
         raise UserError(
             f"{uri} does not exist where the stage runs: give a --root that every machine of the cluster shares"
         ) from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(
+            f"{uri} is no file: give the spec of a stage, _meta/specs/….json of an artifact"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         what = ": ".join([*map(str, first["loc"]), first["msg"].lower()])

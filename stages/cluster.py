@@ -67,9 +67,22 @@ def cluster(address: str, *, verbose: bool = False) -> Iterator[None]:
         _attach(address, options)
     _keep_handler(on_sigterm)
     try:
-        yield
+        with interrupts_kept():
+            yield
     finally:
         _shut_down()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Within the block, what a signal's handler raises stays what it is: where it comes in the midst of Ray's waiting, Ray gives
+    a SystemError in its place, which nobody takes for a request to stop."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None or isinstance(error.__cause__, Exception):
+            raise
+        raise error.__cause__ from None
 
 
 def _shut_down() -> None:
@@ -124,13 +137,21 @@ def prepare_environment(address: str) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token and address != "local" else "disabled")
 
 
+def ray_command() -> str:
+    """How a person calls Ray's own command here: it goes without the token, unless it is told to take it."""
+    return "RAY_AUTH_MODE=token ray" if os.environ.get("RAY_AUTH_MODE") == "token" else "ray"
+
+
 def answers(address: str) -> bool:
     """Whether something listens where `address` leads; a cluster that is started for a run always does."""
     if address == "local":
         return True
     if address.startswith(("http://", "https://")):
         url = urlsplit(address)
-        return _answers(f"{url.hostname}:{url.port or (443 if url.scheme == 'https' else 80)}")
+        try:
+            return _answers(f"{url.hostname}:{url.port or (443 if url.scheme == 'https' else 80)}")
+        except ValueError:  # a port that is none
+            return False
     head = _running_head() if address == "auto" else address
     return head is not None and _answers(head)
 

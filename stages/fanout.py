@@ -73,7 +73,9 @@ def map_shards(
     workspace.progress(finished_weight, total, "samples")
     try:
         while pool and pool.unfinished:
-            for task, record in pool.collect():
+            with cluster.interrupts_kept():
+                collected = pool.collect()
+            for task, record in collected:
                 done[task.index] = record
                 finished_weight += task.weight
                 pool.tell(task, record)

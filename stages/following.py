@@ -11,6 +11,7 @@ from ray.job_submission import JobDetails
 
 from data.errors import StageFailed, UserError
 from stages import journal
+from stages.cluster import ray_command
 from stages.contract import STOP_SECONDS, Progress, StageSpec
 from stages.job_client import JobClient, Log, NoSuchJob, Unanswered
 
@@ -142,7 +143,7 @@ class Following:
             )
         return StageFailed(
             f"job {self.job} ended without its snapshot ({said}); the same command resumes it, and "
-            f"`ray job logs --address {self.client.address} {self.job}` shows what it said"
+            f"`{ray_command()} job logs --address {self.client.address} {self.job}` shows what it said"
         )
 
 

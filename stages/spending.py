@@ -96,7 +96,18 @@ class Meter:
 
 def spent(folder: str, fingerprint: str) -> dict[str, float]:
     """Device -> seconds that all attempts at the artifact `fingerprint` in `folder` held it."""
-    return total(json.loads(storage.read_bytes(path)) for path in _noted(folder, fingerprint))
+    return total(note for path in _noted(folder, fingerprint) if (note := _read(path)))
+
+
+def _read(path: str) -> dict[str, float] | None:
+    """A note of seconds by device; None where it is damaged: what a stage made is not to be lost over its account."""
+    try:
+        return {
+            str(device): float(seconds) for device, seconds in json.loads(storage.read_bytes(path)).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        log.debug("%s: %s", path, error)
+        return None
 
 
 def settle(folder: str, fingerprint: str) -> None:

@@ -215,7 +215,8 @@ def _watch(fit: Callable[[], Any], board: Any, config: TrainConfig, workspace: W
     threading.Thread(target=_capture, args=arguments, daemon=True, name="darkroom-fit").start()
     meter = _meter(config, workspace)
     try:
-        _follow(ended, board, config, workspace, meter)
+        with cluster.interrupts_kept():
+            _follow(ended, board, config, workspace, meter)
     except Exception:
         raise
     except BaseException:  # told to stop: Ctrl-C, SIGTERM, a cancelled flow

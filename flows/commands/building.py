@@ -10,6 +10,7 @@ from flows import console, places, runs
 from flows.plan import Plan
 from flows.plan_table import show_plan
 from flows.planning import prepare_plan, recipe_plan
+from stages.cluster import ray_command
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -58,9 +59,10 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.emit({"run": plan.run, "root": plan.root, "job": job, "address": address})
         return 0
+    ray = ray_command()
     ways = {
-        "watch": f"ray job logs --address {address} --follow {job}",
-        "stop": f"ray job stop --address {address} {job}",
+        "watch": f"{ray} job logs --address {address} --follow {job}",
+        "stop": f"{ray} job stop --address {address} {job}",
         "resume": "the same command again",
         "result": f"darkroom status --root {plan.root}",
     }

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data import storage
-from flows import backfilling, console, places
+from flows import backfilling, console, places, recipes
+from flows.assignments import edited
 from flows.plan import Plan
 from flows.planning import prepare_plan, recipe_plan
 
@@ -43,6 +44,9 @@ def serve(arguments: argparse.Namespace) -> int:
 def backfill(arguments: argparse.Namespace) -> int:
     """Carries out a recipe once per dated partition; 1 where one of them fails."""
     console.set_up_logging(verbose=arguments.verbose)
+    recipe = recipes.prepare() if arguments.recipe == "prepare" else recipes.find(arguments.recipe)
+    edited(recipe, arguments.assignments)  # what no date would mend
+    places.checked_root(arguments.root)
     given = {
         "assignments": arguments.assignments,
         "root": arguments.root,

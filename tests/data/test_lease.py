@@ -17,8 +17,8 @@ import pytest
 
 from data import conditional, storage
 from data import lease as leases
-from data.errors import LeaseHeld
-from data.lease import EXPIRY_SECONDS, Owner, lease
+from data.errors import CorruptArtifact, LeaseHeld
+from data.lease import EXPIRY_SECONDS, Owner, holder, lease
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -158,6 +158,12 @@ def test_a_host_that_cannot_tell_when_processes_began_goes_by_heartbeats(folder:
 def test_an_unreadable_lease_holds_nobody_up(folder: str) -> None:
     storage.write_bytes(storage.join(folder, "_meta", "lease.json"), b"{")
     assert _seconds_to_enter(lease(folder)) < 0.5
+
+
+def test_a_folder_in_place_of_a_lease_is_told(tmp_path: Path) -> None:
+    (tmp_path / "_meta" / "lease.json").mkdir(parents=True)
+    with pytest.raises(CorruptArtifact, match="is a folder where a file belongs: remove it"):
+        holder(str(tmp_path))
 
 
 def test_the_heart_beats_and_an_owner_that_was_succeeded_takes_nothing_back(

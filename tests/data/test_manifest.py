@@ -76,6 +76,14 @@ def test_a_damaged_snapshot_is_corrupt_and_a_damaged_receipt_is_unfinished_work(
     assert manifest.load_receipt(folder, 3) is None
 
 
+def test_a_snapshot_made_at_no_time_is_corrupt(tmp_path: Path) -> None:
+    manifest.publish_snapshot(str(tmp_path), SNAPSHOT)
+    path = tmp_path / "_meta" / "snapshots" / f"{SNAPSHOT.fingerprint}.json"
+    path.write_text(path.read_text().replace("2024-01-01", "2024-13-01"))
+    with pytest.raises(CorruptArtifact, match="is not a Snapshot"):
+        manifest.load_snapshot(str(tmp_path), SNAPSHOT.fingerprint)
+
+
 def test_a_cut_snapshot_is_corrupt_wherever_it_was_cut(tmp_path: Path) -> None:
     manifest.publish_snapshot(str(tmp_path), SNAPSHOT)
     path = manifest.snapshot_path(str(tmp_path), SNAPSHOT.fingerprint)

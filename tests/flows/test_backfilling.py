@@ -113,6 +113,21 @@ def test_dates_without_anything_are_one_sentence(days, options, sentence, capsys
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options", "sentence"),
+    [
+        ("dmo", [], "there is no recipe 'dmo'; did you mean demo?"),
+        ("demo", ["--set=denoiser.max_step=5"], "did you mean denoiser.max_steps"),
+        ("prepare", ["--root=nowhere://bucket/x"], "Protocol not known: nowhere"),
+    ],
+)
+def test_what_no_date_would_mend_is_one_sentence(days, recipe, options, sentence, capsys):
+    line = ["backfill", recipe, f"--data={days}", "--since=2026-03-01", "--until=2026-03-03"]
+    assert cli.main([*line, f"--root={days.parent / 'runs'}", *options]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and sentence in said.err and said.err.count("\n") == 1
+
+
 def test_a_date_that_is_none_is_refused(days, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["backfill", "prepare", f"--data={days}", "--since=yesterday", "--until=2026-03-03"])

@@ -147,6 +147,7 @@ def test_a_root_that_cannot_be_one(complaint, tmp_path):
     assert "cannot be made" in complaint("run", "demo", root="/proc/1/darkroom")
     assert "is empty: give a folder" in complaint("plan", "demo", root="")
     assert "Protocol not known: nowhere" in complaint("plan", "demo", root="nowhere://bucket/x")
+    assert "own memory, which no worker sees" in complaint("run", "demo", root="memory://runs")
 
 
 def test_a_root_that_is_read_only(complaint, disk):
@@ -175,12 +176,23 @@ def test_a_run_that_is_not_there_names_those_that_are(complaint, tmp_path):
     assert "has no prior" in complaint("generate", "demo-1", "a star")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
-def test_a_damaged_record_of_a_run_is_exit_code_1(tmp_path, text, capsys):
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", "3", '{"run": 3}', '{"run": "demo-1", "stages": [{}]}', '{"run": "demo-1", "folders": {"vae": 1}}'],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["report", "promote", "export", "lineage"])
+def test_a_damaged_record_of_a_run_is_exit_code_1(tmp_path, command, text, capsys):
     (tmp_path / "demo-1").mkdir()
     (tmp_path / "demo-1" / "run.json").write_text(text)
-    assert cli.main(["report", "demo-1", f"--root={tmp_path}"]) == 1
-    assert "is no record of a run" in capsys.readouterr().err
+    line = [
+        command,
+        "demo-1",
+        *([str(tmp_path / "out")] if command == "export" else []),
+        f"--root={tmp_path}",
+    ]
+    assert cli.main(line) == 1
+    said = capsys.readouterr().err
+    assert "is no record of a run" in said and said.count("\n") == 1
 
 
 def test_sampling_out_of_range_names_the_option(complaint, tmp_path):

@@ -73,6 +73,13 @@ def test_status_tells_each_artifact_and_the_runs_that_want_it(root, untrained_ru
     assert run in said and "10 artifacts" in said
 
 
+def test_the_same_command_writes_a_record_that_was_damaged_anew(root):
+    run = keeping.status(str(root))["runs"][0]["run"]
+    (root / run / "run.json").write_text("{")
+    assert untrained.finish(untrained.plan_of(root))["run"] == run
+    assert keeping.status(str(root))["runs"][0]["state"] == "finished"
+
+
 def test_an_empty_root_says_so(tmp_path, capsys):
     assert cli.main(["status", f"--root={tmp_path}"]) == 0
     assert "holds no run and no artifact" in capsys.readouterr().out

@@ -47,6 +47,12 @@ def test_a_run_leads_up_to_the_rows_of_its_source(root, untrained_run):
     assert nearest_parents(found.artifacts)[made["report"].id] == [made["evaluate"].id]
 
 
+def test_a_source_that_is_none_is_not_told(root):
+    (snapshot,) = (folder_of(root, "shard") / "_meta" / "snapshots").iterdir()
+    snapshot.write_text(json.dumps(json.loads(snapshot.read_text()) | {"facts": {"source": 3}}))
+    assert stages(lineage(str(root), "latest"))["shard"].source is None
+
+
 @pytest.mark.parametrize("inside", ["", "/", "/_meta/snapshots/{name}.json", "/model/config.json"])
 def test_an_artifact_is_named_by_its_folder_a_snapshot_or_a_file_of_it(root, inside, monkeypatch):
     folder = folder_of(root, "vae")

@@ -62,6 +62,28 @@ def test_it_moves_to_what_is_not_worse_and_stays_where_it_is_otherwise(tmp_path)
     assert [move.run for move in history(root)] == [a, b, worse]
 
 
+def test_under_a_root_that_was_moved_what_lies_there_now_is_compared_and_promoted(tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    a, b = finished(tmp_path / "old", "a", 0.3), finished(tmp_path / "old", "b", 0.31)
+    root = str((tmp_path / "old").rename(tmp_path / "new"))
+    assert promote(root, a, force=False).run == a and promote(root, b, force=False).replaced == a
+    assert cli.main(["compare", a, b, f"--root={root}"]) == 0
+    assert "clip_score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"scores": 3}', '{"scores": [{"name": "clip_score", "protocol": 3}]}']
+)
+def test_scores_that_cannot_be_read_are_one_sentence(tmp_path, content, capsys):
+    run = finished(tmp_path, "a", 0.3)
+    (tmp_path / "store/evaluate/a00/scores.json").write_text(content)
+    assert cli.main(["promote", run, f"--root={tmp_path}"]) == 1
+    assert capsys.readouterr().err == (
+        f"darkroom: {tmp_path}/store/evaluate/a00/scores.json holds no scores: run `darkroom verify --repair "
+        f"{tmp_path}/store/evaluate/a00`\n"
+    )
+
+
 def test_going_back_twice_goes_back_two_steps(tmp_path):
     root = str(tmp_path)
     for number, run in enumerate("abc"):

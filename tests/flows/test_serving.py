@@ -7,6 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from command_lines import CHECKOUT, environment
 
+from data.lease import lease
 from flows import cli, serving
 
 
@@ -44,6 +48,58 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_is_none_is_refused(tmp_path, port, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", f"--root={tmp_path}", f"--port={port}"])
+    assert ended.value.code == 2 and f"{port} is no port: write" in capsys.readouterr().err
+
+
+def test_a_home_that_is_a_file_or_serves_already_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["serve", f"--root={tmp_path}", f"--home={tmp_path}/file"]) == 2
+    assert capsys.readouterr().err == (
+        f"darkroom: --home {tmp_path}/file is no folder and cannot become one: give another\n"
+    )
+    with lease(str(tmp_path / "home")):
+        assert cli.main(["serve", f"--root={tmp_path}", f"--home={tmp_path}/home"]) == 2
+    said = capsys.readouterr().err
+    assert f"process {os.getpid()} on " in said and f"serves from {tmp_path}/home already: end it" in said
+
+
+def test_a_deployment_that_is_there_twice_is_refused(tmp_path, file, capsys):
+    (one,) = yaml.safe_load(file.read_text())["deployments"]
+    file.write_text(yaml.safe_dump({"deployments": [one, one | {"tags": ["another"]}]}))
+    assert cli.main(["deploy", f"--root={tmp_path}", f"--file={file}"]) == 2
+    assert (
+        "gc/darkroom is there twice: give each deployment of a flow its own name" in capsys.readouterr().err
+    )
+
+
+def test_a_server_whose_pages_answer_to_everything_is_no_api(tmp_path, file, capsys):
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>Prefect</title>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer((serving.HOST, 0), Page) as pages:
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        url = f"http://{serving.HOST}:{pages.server_port}"
+        with temporary_settings({PREFECT_API_URL: url}):
+            assert cli.main(["deploy", f"--root={tmp_path}", f"--file={file}"]) == 2
+        pages.shutdown()
+    assert capsys.readouterr().err == (
+        f"darkroom: PREFECT_API_URL={url}: no Prefect server answers there (it answers with a page: an address of the API ends "
+        "in /api)\n"
+    )
+
+
 def test_deploying_without_a_server_is_one_sentence(tmp_path, file, capsys):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -67,6 +123,8 @@ def test_deploying_without_a_server_is_one_sentence(tmp_path, file, capsys):
             "deployments: [{name: a}]",
             "`deployments` must be a list, each with name, entrypoint and work_pool.name",
         ),
+        ("deployments: {}", "`deployments` must be a list"),
+        ("deployments: " + "[" * 10_000, "is no YAML"),
         (None, "cannot be read (No such file or directory)"),
     ],
 )
@@ -80,19 +138,29 @@ def test_a_file_that_cannot_be_applied_is_one_sentence(tmp_path, text, sentence,
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_it_serves_until_it_is_told_to_end_and_leaves_no_process(tmp_path, file):
+def test_it_serves_until_it_is_told_to_end_and_leaves_no_process_even_of_one_that_was_killed(tmp_path, file):
     from prefect_server import ended, eventually, free_port, processes_under, start, talking_to
 
     port, log = free_port(), tmp_path / "serve.log"
     line = [sys.executable, "-m", "flows.cli", "serve", f"--root={tmp_path / 'runs'}", f"--port={port}"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*line, f"--file={file}"], cwd=CHECKOUT, env=environment(), stdout=out, stderr=out
-        )
-    try:
+
+    def served() -> subprocess.Popen[bytes]:
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*line, f"--file={file}"], cwd=CHECKOUT, env=environment(), stdout=out, stderr=out
+            )
         eventually(lambda: "Ctrl-C ends it" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
+        return process
+
+    process = served()
+    left = processes_under(process.pid)
+    try:
         assert "gc/darkroom" in log.read_text()
+        process.kill()
+        process.wait()
+        process = served()
+        assert not [pid for pid in left if serving._lives(pid)], "of the one that was killed"
         with talking_to(f"http://127.0.0.1:{port}/api"):
             state = ended(start("gc/darkroom"))
         assert state.name == "Completed" and state.message.startswith("0 artifacts and 0 runs went")
@@ -102,10 +170,10 @@ def test_it_serves_until_it_is_told_to_end_and_leaves_no_process(tmp_path, file)
         assert process.wait(120) == 0
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     finally:
-        if process.poll() is None:
-            for pid in processes_under(process.pid):
+        for pid in (*left, *processes_under(process.pid)):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            process.kill()
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +190,15 @@ def test_it_serves_until_it_is_told_to_end_and_leaves_no_process(tmp_path, file)
         ({"parameters": {"run": {"keep_run": 3}}}, "'keep_run' was unexpected"),
         ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "collision_strategy: Input should be"),
         ({"schedules": ["daily"]}, "schedule daily: "),
+        ({"paramters": {"run": {}}}, "paramters is not applied, only name, entrypoint, "),
+        ({"work_pool": {"name": "a", "work_queue_name": "b"}}, "work_queue_name is not applied, only name, job_variables"),
+        ({"schedules": [{"slug": "a", "cron": "0 2 * * *", "time_zone": "UTC"}]}, "time_zone is not applied"),
+        ({"schedules": [{"slug": "a", "cron": "0 2 * * *", "interval": 60}]}, "it needs a slug and one of cron"),
+        ({"schedules": [{"slug": None, "cron": "0 2 * * *"}]}, "it needs a slug and one of cron"),
+        ({"schedules": [{"slug": "a", "cron": "0 2 * * *", "timezone": "Mars/Base"}]}, "timezone"),
+        ({"schedules": [{"slug": "a", "interval": 0}]}, "it needs a slug and one of cron"),
+        ({"schedules": [{"slug": "a", "rrule": "FREQ=SOMETIMES"}]}, "it needs a slug and one of cron"),
+        ({"schedules": 2 * [{"slug": "a", "interval": 60}]}, "schedules a, a: give each its own slug"),
         ({"schedules": [{"slug": "a", "cron": "never"}]}, 'Invalid cron string: "never"'),
         ({"schedules": [{"slug": "a", "interval": 1e20}]}, "it needs a slug and one of cron"),
         ({"schedules": [{"slug": "a", "interval": 60, "parameters": {"run": {"x": 1}}}]}, "'x' was unexpected"),

@@ -202,3 +202,27 @@ def test_what_listens_and_is_no_head_is_refused_at_once(web_server):
     with pytest.raises(UserError, match="no Ray cluster answers there"):
         cluster._attach(web_server, {})
     assert time.monotonic() - began < cluster.ANSWER_SECONDS
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:port", "http://127.0.0.1:99999", "127.0.0.1:port", "127.0.0.1", "ray://x:1"]
+)
+def test_an_address_that_is_none_does_not_answer(address):
+    assert not cluster.answers(address)
+
+
+def test_an_interrupt_in_the_midst_of_rays_waiting_stays_one():
+    with pytest.raises(KeyboardInterrupt), cluster.interrupts_kept():
+        raise SystemError("CoreWorker.wait returned a result with an exception set") from KeyboardInterrupt()
+    for cause in (None, ValueError()):
+        with pytest.raises(SystemError), cluster.interrupts_kept():
+            raise SystemError("of something else") from cause
+
+
+def test_rays_own_command_is_told_to_take_the_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 32)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    cluster.prepare_environment("http://127.0.0.1:8265")
+    assert cluster.ray_command() == "RAY_AUTH_MODE=token ray"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert cluster.ray_command() == "ray"

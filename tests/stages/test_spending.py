@@ -106,3 +106,12 @@ def test_a_snapshot_holds_what_was_spent_and_is_the_same_whatever_that_was(tmp_p
         assert spending.spent(workspace.folder, workspace.fingerprint) == {}, "told once"
         digests.append(made.digest)
     assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", "3", '{"cpu": []}', '{"cpu": "much"}'])
+def test_a_note_that_is_damaged_counts_for_nothing_and_ends_no_stage(tmp_path: Path, damage: str):
+    notes = tmp_path / "_meta" / "spent"
+    notes.mkdir(parents=True)
+    (notes / "f-0.json").write_text('{"cpu": 2.0}')
+    (notes / "f-1.json").write_text(damage)
+    assert spending.spent(str(tmp_path), "f") == {"cpu": 2.0}
