@@ -34,8 +34,8 @@ def serve(
     """Runs a server with its database under `home` and a worker of `pool`, until Ctrl-C or SIGTERM; ends both.
 
     `deploy` is called when the server answers, with PREFECT_API_URL set; `ready` when the worker has been started. What an
-    earlier one that was killed left running under `home` is ended first; flow runs ask the same port and go on. Raises UserError where that is
-    taken or another one serves from `home`, StageFailed where one of the two ends by itself.
+    earlier one that was killed left running under `home` is ended first; flow runs ask the same port and go on. Raises
+    UserError where that is taken or another one serves from `home`, StageFailed where one of the two ends by itself.
     """
     _make_home(home)
     with _signalled() as stopped, _only(home), server(home, port) as (url, of_server):
