@@ -30,7 +30,9 @@ endef
 # Two files of tests at a time: starting Ray and Prefect is mostly one process that imports.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Hundreds of processes import what is here; where PYTHONDONTWRITEBYTECODE is set, each would compile it.
 test: .venv/.installed-dev
+	$(BIN)/python -m compileall -q data flows stages training
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not peers and not faults"
 
 test-peers: .venv/.installed-dev

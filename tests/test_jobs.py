@@ -200,7 +200,7 @@ def test_a_killed_client_leaves_its_job_and_the_next_one_adopts_it(cluster, tmp_
 
 
 def test_two_clients_with_the_same_plan_share_one_job(cluster, tmp_path):
-    spec = shards(tmp_path, LONG)
+    spec = shards(tmp_path, SMALL)
     clients = [start(spec, tmp_path, cluster.http, cluster.token) for _ in range(2)]
     assert [end(client)[0] for client in clients] == [0, 0]
     assert len(cluster.jobs_of(spec.folder)) == 1

@@ -144,6 +144,7 @@ def test_no_secret_of_the_environment_or_of_a_source_is_in_any_file_or_line_of_a
     )
     record = result(finished)
     assert len(served) == 60 and record["report"]
+    assert "prompt_accuracy" not in record["metrics"] and "clip_score" in record["metrics"]
     files = files_of(root)
     said = {"stdout": finished.stdout.encode(), "stderr": finished.stderr.encode()}
     assert any(b"heliotrope" in payload for payload in files.values()), "the search finds what is there"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import untrained
-from command_lines import CHECKOUT, command, environment
 
 from data.errors import UserError
 from flows import cli, runs
@@ -190,18 +188,12 @@ def test_a_gate_against_a_run_that_is_not_there_is_refused_before_anything_start
 
 
 @pytest.mark.slow
-def test_a_sweep_and_a_failed_gate_on_real_ray_and_prefect(root):
-    def darkroom(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = command(*arguments, root=root)
-        return subprocess.run(
-            line, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=400
-        )
-
-    swept = darkroom("evaluate", "latest", "--sweep=guidance_scale=1", "--json")
+def test_a_sweep_and_a_failed_gate_on_real_ray_and_prefect(root, darkroom):
+    swept = darkroom("evaluate", "latest", "--sweep=guidance_scale=1", "--json", root=root)
     assert swept.returncode == 0, swept.stderr[-2000:]
     assert json.loads(swept.stdout)["made"] == 1 and swept.stdout.count("\n") == 1
     before = (root / "latest").read_text()
-    failed = darkroom("run", "demo", *settings(evaluate__gates="vae_psnr >= 99"))
+    failed = darkroom("run", "demo", *settings(evaluate__gates="vae_psnr >= 99"), root=root)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert (
         "darkroom: gate `vae_psnr >= 99` failed" in failed.stderr and (root / "latest").read_text() == before

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,16 +161,6 @@ def test_results_are_fetched_in_order_and_one_behind():
 
     seen = [(int(array[0]), list(launched)) for (array,) in fetched(outputs())]
     assert seen == [(0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "races"), [("gpu_embed", 1), ("gpu_encode", 1)])
-def test_the_gpu_scripts_run_at_a_tiny_size_without_a_gpu(script, races, tmp_path):
-    path = Path(__file__).parents[2] / "infra" / "bench" / f"{script}.py"
-    command = [sys.executable, str(path), "--tiny", f"--json={tmp_path / 'result.json'}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert len(found) == races and all(figures["ours_per_s"] > 0 for figures in found)
 
 
 def test_pairs_below_the_least_clip_score_are_counted_and_marked(clip, shard, tmp_path):
