@@ -31,7 +31,14 @@ def listed(value: Any) -> Any:
     """`value` as it is, or what a command line lists in it: a JSON array, or words between commas."""
     if not isinstance(value, str):
         return value
-    return json.loads(value) if value.lstrip().startswith("[") else value.split(",")
+    if not value.lstrip().startswith("["):
+        return value.split(",")
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(
+            f'{value} is no JSON array ({error}): write words between commas, or ["a", "b"]'
+        ) from error
 
 
 def result_fields(config: BaseModel) -> dict[str, Any]:

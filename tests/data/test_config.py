@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.config import Config, canonical_json, fingerprint, operational, result_fields
+from data.config import Config, canonical_json, fingerprint, listed, operational, result_fields
 
 
 class Optimizer(Config):
@@ -112,3 +112,9 @@ def test_a_config_is_closed_and_frozen() -> None:
         Optimizer.model_validate({"rat": 0.2})
     with pytest.raises(ValidationError, match="frozen"):
         Optimizer().rate = 0.2
+
+
+def test_a_list_is_a_json_array_or_words_between_commas_and_a_torn_one_says_what_to_write() -> None:
+    assert listed('["a, b", "c"]') == ["a, b", "c"] and listed("a,b") == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^\[ is no JSON array .* write words between commas"):
+        listed("[")
