@@ -196,7 +196,10 @@ def _give_way_to_a_question(root: str) -> None:
     refreshes = FlowFilter.model_validate({"name": {"any_": [this_run.flow_name]}})
     suspended = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Suspended"]}}})
     with get_client(sync_client=True) as client:
-        for other in client.read_flow_runs(flow_filter=refreshes, flow_run_filter=suspended):
+        found = client.read_flow_runs(
+            flow_filter=refreshes, flow_run_filter=suspended, limit=200, sort="START_TIME_DESC"
+        )
+        for other in found:
             if other.parameters.get("run", {}).get("root") == root:
                 raise UnderWay(
                     f"flow run {other.name} waits for a person's answer before production under {root} moves: "

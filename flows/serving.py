@@ -194,9 +194,11 @@ def _children(pid: int) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    """Whether the process has not ended yet, or still lets go of its ports; one that nobody waited for has."""
+    """Whether any thread of the process may still hold its ports; a process that nobody waited for is one entry of /proc."""
+    process = Path(f"/proc/{pid}")
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX" or len([*(process / "task").iterdir()]) > 1
     return False
 
 
