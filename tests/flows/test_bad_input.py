@@ -121,7 +121,8 @@ def test_a_training_that_no_cluster_can_run_is_refused_by_the_plan(complaint, tm
 
 
 def test_data_that_fills_no_batch_is_refused_before_the_first_stage(complaint, tmp_path):
-    few = ("--set=source.count=40", "--set=clip.batch_size=37", "--set=clip.validate_every=4")
+    given = ("clip.batch_size=37", "prior.batch_size=8", "denoiser.batch_size=8", "vae.batch_size=8")
+    few = ("--set=source.count=40", "--set=clip.validate_every=4", *(f"--set={each}" for each in given))
     assert "clip.batch_size=37, but there are only 36 samples to train on: use at most 36" in complaint(
         "run", "demo", *few
     )
