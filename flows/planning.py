@@ -42,13 +42,13 @@ def recipe_plan(
         unclip_nodes, retry_failed=retry_failed, baselines=baselines_of(recipe, root), made=made, start=start
     )
     nodes = build(recipe)
-    if (small := _fitted(recipe, nodes[0].rows, assignments)) != recipe:
+    if data is not None and (small := _fitted(recipe, nodes[0].rows, assignments)) != recipe:
         recipe, nodes = small, build(small)
     return make_plan(recipe, nodes, root)
 
 
 def _fitted(recipe: Recipe, rows: int | None, assignments: Iterable[str]) -> Recipe:
-    """The demo with batches that `rows` can fill, where they were not set; any other recipe as it is."""
+    """The demo with batches that the user's `rows` can fill, where they were not set; any other recipe as it is."""
     given = {assignment.partition("=")[0].strip() for assignment in assignments}
     if recipe.name != "demo" or rows is None:
         return recipe

@@ -19,10 +19,8 @@ def pairs(tmp_path) -> Path:
     return folder
 
 
-def batches(pairs: Path | None, root: Path, name: str, *assignments: str) -> dict[str, int]:
-    plan = recipe_plan(
-        name, data=pairs and str(pairs), assignments=assignments, root=str(root), retry_failed=False
-    )
+def batches(pairs: Path, root: Path, name: str, *assignments: str) -> dict[str, int]:
+    plan = recipe_plan(name, data=str(pairs), assignments=assignments, root=str(root), retry_failed=False)
     return {stage.name: c.batch_size for stage in plan.stages if hasattr(c := stage.node.config, "max_steps")}
 
 
@@ -30,10 +28,6 @@ def test_the_demo_of_few_pairs_has_smaller_batches_and_says_so(pairs, tmp_path, 
     found = batches(pairs, tmp_path / "root", "demo")
     assert found == {"clip": 32, "vae": 16, "prior": 32, "denoiser": 32}
     assert "clip.batch_size is 32 here: 100 rows fill no batch of 128" in caplog.text
-
-
-def test_so_has_a_demo_of_few_pictures_of_its_own(tmp_path):
-    assert batches(None, tmp_path / "root", "demo", "source.count=100")["clip"] == 32
 
 
 def test_a_batch_that_was_set_stays(pairs, tmp_path):
